@@ -1,0 +1,130 @@
+"""Checkpoints: saved atomically by orbax as plain nested dicts of arrays, checked against the config when read.
+
+A checkpoint is a folder `checkpoint_<number>` with the training state and, beside it, a JSON record (config, position of
+the data iterator, metrics not yet logged). orbax writes to a temporary name and renames, so a folder of the final name
+is whole.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from errors import UserError
+
+_NAME = re.compile(r"checkpoint_(\d+)")
+
+
+class Checkpoint(NamedTuple):
+    """What `restore` reads: the state as nested dicts of numpy arrays, and the JSON record saved with it."""
+
+    state: dict[str, Any]
+    record: dict[str, Any]
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(tree), sep="/")
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] | None = None, keep: int = 0) -> Path:
+    """Writes `directory/checkpoint_<number>`, replacing one of that number, and returns its path.
+
+    Args:
+        state: any pytree that flax can turn into a state dict, e.g. a `TrainState` on one device.
+        record: goes into the checkpoint as JSON.
+        keep: how many of the newest checkpoints stay in the folder after a successful write; 0: all.
+    """
+    path = Path(directory).absolute() / f"checkpoint_{number}"
+    arrays = {k: np.asarray(v) for k, v in _flat(jax.device_get(state)).items()}
+    with _checkpointer() as checkpointer:
+        checkpointer.save(
+            path,
+            ocp.args.Composite(state=ocp.args.PyTreeSave(_nested(arrays)), record=ocp.args.JsonSave(record or {})),
+            force=True,
+        )
+    for old in all_numbers(directory)[:-keep] if keep else []:
+        shutil.rmtree(Path(directory) / f"checkpoint_{old}")
+    return path
+
+
+def all_numbers(directory: str | Path) -> list[int]:
+    """The numbers of the checkpoints in a folder, rising."""
+    names = (_NAME.fullmatch(p.name) for p in Path(directory).glob("checkpoint_*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def latest(directory: str | Path) -> Path | None:
+    """The checkpoint of the highest number in a folder, or None."""
+    numbers = all_numbers(directory)
+    return Path(directory) / f"checkpoint_{numbers[-1]}" if numbers else None
+
+
+def find(directory: str | Path, number: int) -> Path:
+    """The checkpoint of a number, or the newest if it is 0. UserError if there is none."""
+    path = latest(directory) if number == 0 else Path(directory) / f"checkpoint_{number}"
+    if path is None or not path.exists():
+        have = ", ".join(map(str, all_numbers(directory))) or "none"
+        wanted = "no checkpoint" if number == 0 else f"no checkpoint_{number}"
+        raise UserError(f"{directory} holds {wanted} (it has: {have}); train first, or give another --workdir or number")
+    return path
+
+
+def restore(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint that `save` wrote; arrays as numpy. UserError if it is missing or cannot be read."""
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        with _checkpointer() as checkpointer:
+            saved = checkpointer.metadata(path).item_metadata["state"].tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            items = checkpointer.restore(
+                path,
+                ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(restore_args=as_numpy), record=ocp.args.JsonRestore()
+                ),
+            )
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read ({reason}); delete it to use the one before") from error
+    return Checkpoint(items["state"], items["record"])
+
+
+def into(target: Any, state: dict[str, Any], where: str | Path) -> Any:
+    """The values of a restored state in the structure of `target` (arrays or `jax.ShapeDtypeStruct`s).
+
+    Raises:
+        UserError: naming the first parameter that is missing, extra, or of another shape: another architecture.
+    """
+    wanted, have = _flat(target), _flat(state)
+    hint = "it was made with another config; use the one that made it"
+    for name, leaf in wanted.items():
+        if name not in have:
+            raise UserError(f"checkpoint {where} lacks {name}: {hint}")
+        if np.shape(have[name]) != leaf.shape:
+            raise UserError(
+                f"checkpoint {where} has {name} of shape {np.shape(have[name])}, this config wants {leaf.shape}: {hint}"
+            )
+    for name in have:
+        if name not in wanted:
+            raise UserError(f"checkpoint {where} has {name}, which this config's network lacks: {hint}")
+    values = {name: np.asarray(have[name], leaf.dtype) for name, leaf in wanted.items()}
+    structure = flax.traverse_util.flatten_dict(
+        flax.serialization.to_state_dict(target), keep_empty_nodes=True, sep="/"
+    )
+    return flax.serialization.from_state_dict(target, _nested({**structure, **values}))

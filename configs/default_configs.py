@@ -1,0 +1,129 @@
+"""Every config key with its default. A default stands here once; the other files of `configs/` hold only what they change.
+
+A key that is not here does not exist: `configs.check.check_config` refuses it by name.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_default_configs() -> ConfigDict:
+    """Returns a fresh config with every key of the project, VE SDE on 32x32 images."""
+    config = ConfigDict()
+    config.seed = 42
+
+    config.training = training = ConfigDict()
+    training.sde = "vesde"  # vpsde | subvpsde | vesde | linearvesde
+    training.score_matching_order = 1  # 1 | 2 | 3
+    training.second_order_weight = 1.0
+    training.third_order_weight = 1.0
+    training.exact_jacobian = False  # exact traces by jacfwd instead of a random probe, for small dimensions
+    training.continuous = True
+    training.reduce_mean = True  # False: half the sum over dimensions, order 1 only
+    training.likelihood_weighting = False
+    training.importance_weighting = False  # draws t uniform in log-SNR; with likelihood_weighting only
+    training.smallest_time = 1e-5
+    training.batch_size = 128
+    training.n_iters = 1_000_001
+    training.n_jitted_steps = 1
+    training.log_freq = 100
+    training.eval_freq = 100
+    training.snapshot_freq = 50_000
+    training.snapshot_freq_for_preemption = 10_000
+    training.snapshot_sampling = True
+
+    config.optim = optim = ConfigDict()
+    optim.optimizer = "Adam"
+    optim.lr = 2e-4
+    optim.beta1 = 0.9
+    optim.beta2 = 0.999
+    optim.eps = 1e-8
+    optim.weight_decay = 0.0
+    optim.warmup = 5000  # steps of linear warm-up; 0: none
+    optim.grad_clip = 1.0  # on the global norm; negative: none
+
+    config.data = data = ConfigDict()
+    data.dataset = "CIFAR10"
+    data.dir = ""  # folder of the data set; empty: the library's own place
+    data.category = ""  # LSUN only, e.g. church_outdoor
+    data.image_size = 32
+    data.num_channels = 3
+    data.centered = False  # True: images in [-1, 1]; False: [0, 1]
+    data.random_flip = True
+    data.uniform_dequantization = False  # in training; likelihoods are always dequantised
+    data.dim = 1  # of the synthetic mixture
+
+    config.model = model = ConfigDict()
+    model.name = "ncsnpp"  # ncsnpp | mlp
+    model.ema_rate = 0.999
+    model.sigma_min = 0.01
+    model.sigma_max = 50.0
+    model.beta_min = 0.1
+    model.beta_max = 20.0
+    model.num_scales = 1000
+    model.normalization = "GroupNorm"
+    model.nonlinearity = "swish"  # elu | relu | lrelu | swish
+    model.nf = 128
+    model.ch_mult = (1, 2, 2, 2)
+    model.num_res_blocks = 4
+    model.attn_resolutions = (16,)
+    model.attention_type = "ddpm"
+    model.resamp_with_conv = True
+    model.conditional = True
+    model.fir = True
+    model.fir_kernel = (1, 3, 3, 1)
+    model.skip_rescale = True
+    model.resblock_type = "biggan"  # biggan | ddpm
+    model.progressive = "none"  # none | output_skip | residual
+    model.progressive_input = "residual"  # none | input_skip | residual
+    model.progressive_combine = "sum"  # sum | cat
+    model.embedding_type = "fourier"  # fourier | positional
+    model.fourier_scale = 16.0
+    model.trainable_embedding = False
+    model.init_scale = 0.0
+    model.conv_size = 3
+    model.dropout = 0.1
+    model.scale_by_sigma = True
+    model.data_init = False
+    model.num_layers = 3  # hidden layers of the MLP, each model.nf wide
+    model.sigma_data = 0.5  # standard deviation of the data, scales the MLP's input
+
+    config.sampling = sampling = ConfigDict()
+    sampling.method = "ode"  # ode | pc
+    sampling.smallest_time = 1e-5
+    sampling.predictor = "reverse_diffusion"
+    sampling.corrector = "langevin"
+    sampling.n_steps_each = 1
+    sampling.noise_removal = True
+    sampling.probability_flow = False
+    sampling.snr = 0.16
+    sampling.rtol = 1e-5
+    sampling.atol = 1e-5
+
+    config.eval = evaluate = ConfigDict()
+    evaluate.batch_size = 1024
+    evaluate.begin_ckpt = 0  # 0: the newest checkpoint
+    evaluate.end_ckpt = 0
+    evaluate.ckpt_id = 0
+    evaluate.enable_loss = False
+    evaluate.enable_bpd = True
+    evaluate.enable_sampling = True
+    evaluate.num_samples = 50_000
+    evaluate.num_repeats = 5
+    evaluate.bpd_dataset = "test"  # train | test
+    evaluate.gaussian_baseline = False  # also the bits/dim of a Gaussian fitted to the training images
+    evaluate.num_examples = 0  # of the split, for a quick look; 0: all
+    evaluate.hutchinson_type = "rademacher"  # rademacher | gaussian | exact
+    evaluate.rtol = 1e-5
+    evaluate.atol = 1e-5
+    evaluate.max_steps = 20_000  # of the ODE solver, for one example
+    evaluate.bound = False
+    evaluate.dsm = True
+    evaluate.offset = True
+    evaluate.dequantizer = False
+
+    config.deq = deq = ConfigDict()
+    deq.n_iters = 300_001
+    deq.ema_rate = 0.99
+    deq.dropout = 0.0
+    deq.offset = True
+    return config

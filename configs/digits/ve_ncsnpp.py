@@ -1,0 +1,10 @@
+"""8x8 digits, VE SDE, NCSN++."""
+
+from configs.default_digits_configs import get_digits_configs
+
+
+def get_config():
+    config = get_digits_configs()
+    config.training.sde = "vesde"
+    config.model.sigma_max = 10.0
+    return config

@@ -1,0 +1,189 @@
+"""Likelihoods of a score model: exact under its probability flow ODE, and a variational bound under its SDE.
+
+Everything is per example and in nats until `bits_per_dim`. Notation: x_t = alpha x + sigma z, drift f(t) x, diffusion
+g(t), score s, J = ds/dx, D = number of entries of one x, probe v with E[v v^T] = I.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from errors import UserError
+from ode import rk45
+from sde_lib import SDE, batch_mul
+
+ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
+Batch = Float[Array, "B *shape"]
+PerExample = Float[Array, "B"]
+
+
+def probe(key: PRNGKeyArray, shape: tuple[int, ...], kind: str) -> Array | None:
+    """The v of Hutchinson's estimate tr J = E[v . J v]; None for 'exact', which needs none.
+
+    Raises UserError for a kind other than 'rademacher' (entries +1 and -1, the least variance), 'gaussian' or 'exact'.
+    """
+    if kind.lower() == "rademacher":
+        return jax.random.rademacher(key, shape, jnp.float32)
+    if kind.lower() == "gaussian":
+        return jax.random.normal(key, shape)
+    if kind.lower() == "exact":
+        return None
+    raise UserError(f"eval.hutchinson_type={kind!r} is unknown; use rademacher, gaussian or exact")
+
+
+def score_and_divergence(score_fn: ScoreFn, x: Batch, t: PerExample, probe: Batch | None) -> tuple[Batch, PerExample]:
+    """s [B, ...] and v . J v [B] from one forward-mode pass; tr J without a probe.
+
+    The trace takes D tangents and B D^2 numbers: small D only. Examples are independent, so the derivative by one shift
+    of them all holds each one's own Jacobian.
+    """
+    if probe is not None:
+        score, jv = jax.jvp(lambda x: score_fn(x, t), (x,), (probe,))
+        return score, _inner(probe, jv)
+
+    def shifted(delta):
+        score = score_fn(x + delta, t)
+        return score, score
+
+    jacobian, score = jax.jacfwd(shifted, has_aux=True)(jnp.zeros_like(x[0]))
+    return score, jnp.trace(jacobian.reshape(x.shape[0], x[0].size, -1), axis1=1, axis2=2)
+
+
+def ode_log_likelihood(
+    sde: SDE,
+    score_fn: ScoreFn,
+    x: Batch,
+    probe: Batch | None,
+    *,
+    eps: float = 1e-5,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 20_000,
+) -> tuple[PerExample, Batch, Int[Array, "B"]]:
+    """Log density of x under the probability flow ODE (Song et al. 2021, arXiv 2011.13456, appendix D.2).
+
+    dx/dt = f x - g^2 s / 2 from x at eps to z at T;  log p(x) = log prior(z) + integral of (D f - g^2 tr J / 2) dt.
+
+    With a probe, fixed over the solve, tr J is v . J v, and the mean over probes is log p(x). The part D f is exact
+    either way.
+
+    Returns:
+        log p(x) in nats [B], z [B, ...], evaluations of the score [B]. An example that the solver gave up on has NaN
+        for log p(x) and z (see `ode.rk45`).
+    """
+    dim = math.prod(x.shape[1:])
+
+    def flow(t, state):
+        x, _ = state
+        score, divergence = score_and_divergence(score_fn, x, t, probe)
+        f, half_g_sq = sde.drift_coefficient(t), 0.5 * sde.diffusion_sq(t)
+        return batch_mul(f, x) - batch_mul(half_g_sq, score), dim * f - half_g_sq * divergence
+
+    start = x, jnp.zeros(x.shape[0], x.dtype)
+    (z, change), stats = rk45(flow, start, eps, sde.T, rtol=rtol, atol=atol, max_steps=max_steps)
+    return sde.prior_logp(z) + change, z, stats.nfe
+
+
+def likelihood_bound(
+    sde: SDE,
+    score_fn: ScoreFn,
+    x: Batch,
+    key: PRNGKeyArray,
+    *,
+    eps: float = 1e-5,
+    num_time_samples: int = 1000,
+    importance_weighting: bool = True,
+    denoising: bool = True,
+    offset: bool = True,
+    hutchinson_type: str = "rademacher",
+) -> PerExample:
+    """An unbiased estimate of a lower bound, in nats [B], on the log density of x under the reverse SDE.
+
+    log p(x) >= E log prior(x_T) - integral from eps to T of E[`bound_integrand`] dt - E[`bound_offset`]
+    (Song et al. 2021, arXiv 2101.09258, theorem 3). One draw of the noises at T and eps, `num_time_samples` in between.
+
+    Args:
+        num_time_samples: independent times, each with its own noise; a time costs one evaluation of the score.
+        importance_weighting: times uniform in log-SNR, which has less variance, instead of uniform in [eps, T].
+        denoising: the denoising form; otherwise the sliced form, with a probe of `hutchinson_type`.
+        offset: accounts for starting at eps and not at 0.
+    """
+    time_key, prior_key, offset_key = jax.random.split(key, 3)
+
+    def add_sample(total, key):
+        u_key, noise_key, probe_key = jax.random.split(key, 3)
+        u = jax.random.uniform(u_key, x.shape[:1])
+        t = sde.importance_weighted_time(u, eps) if importance_weighting else eps + u * (sde.T - eps)
+        noise = jax.random.normal(noise_key, x.shape)
+        v = None if denoising else probe(probe_key, x.shape, hutchinson_type)
+        integrand = bound_integrand(sde, score_fn, x, t, noise, v, denoising=denoising)
+        return total + integrand * inverse_time_density(sde, t, eps, importance_weighting), None
+
+    keys = jax.random.split(time_key, num_time_samples)
+    total, _ = jax.lax.scan(add_sample, jnp.zeros(x.shape[0], x.dtype), keys)
+    bound = bound_prior(sde, x, jax.random.normal(prior_key, x.shape)) - total / num_time_samples
+    if offset:
+        bound -= bound_offset(sde, score_fn, x, jax.random.normal(offset_key, x.shape), eps)
+    return bound
+
+
+def bound_integrand(
+    sde: SDE, score_fn: ScoreFn, x: Batch, t: PerExample, noise: Batch, probe: Batch | None, *, denoising: bool
+) -> PerExample:
+    """g^2 / 2 (|s - grad log p_0t|^2 - |grad log p_0t|^2) - D f at x_t = alpha x + sigma z, for z = noise; nats [B].
+
+    Since grad log p_0t = -z / sigma, the bracket is |s|^2 + 2 s . z / sigma, where no large numbers cancel. In the
+    sliced form it is |s|^2 + 2 tr J, of the same mean by integration by parts (probe: see `score_and_divergence`).
+    """
+    mean, std = sde.marginal_prob(x, t)
+    x_t = mean + batch_mul(std, noise)
+    if denoising:
+        score = score_fn(x_t, t)
+        cross = _inner(score, noise) / std
+    else:
+        score, cross = score_and_divergence(score_fn, x_t, t, probe)
+    rate = 0.5 * sde.diffusion_sq(t) * (_inner(score, score) + 2 * cross)
+    return rate - math.prod(x.shape[1:]) * sde.drift_coefficient(t)
+
+
+def inverse_time_density(sde: SDE, t: PerExample, eps: float, importance_weighting: bool) -> PerExample:
+    """1 / q(t): T - eps for uniform times, (lambda(eps) - lambda(T)) sigma^2 / g^2 for times uniform in lambda."""
+    if not importance_weighting:
+        return jnp.full_like(t, sde.T - eps)
+    start, end = sde.log_snr_range(eps, t.dtype)
+    return (start - end) * jnp.square(sde.sigma(t)) / sde.diffusion_sq(t)
+
+
+def bound_prior(sde: SDE, x: Batch, noise: Batch) -> PerExample:
+    """log prior(x_T), nats [B], at x_T = alpha(T) x + sigma(T) noise."""
+    mean, std = sde.marginal_prob(x, jnp.full(x.shape[0], sde.T, x.dtype))
+    return sde.prior_logp(mean + batch_mul(std, noise))
+
+
+def bound_offset(sde: SDE, score_fn: ScoreFn, x: Batch, noise: Batch, eps: float) -> PerExample:
+    """-log q(x | x_eps) - H[x_eps | x], nats [B]: what the bound on log p(x_eps) lacks to one on log p(x).
+
+    The decoder q is N((x_eps + sigma^2 s) / alpha, (sigma / alpha)^2 I). At x_eps = alpha x + sigma z, z = noise, this
+    is |z + sigma s|^2 / 2 - D / 2 - D log alpha.
+    """
+    t = jnp.full(x.shape[0], eps, x.dtype)
+    mean, std = sde.marginal_prob(x, t)
+    residual = noise + batch_mul(std, score_fn(mean + batch_mul(std, noise), t))
+    return 0.5 * _inner(residual, residual) - math.prod(x.shape[1:]) * (0.5 + sde.log_alpha(t))
+
+
+def bits_per_dim(logp: PerExample, dim: int, inverse_scaler: Callable[[Array], Array]) -> PerExample:
+    """Bits per dimension of 8-bit data from the log density, in nats, of scaled data.
+
+    bpd = -log p / (D ln 2) + 8 + log2(d inverse_scaler / dx): the constant is 8 for data in [0, 1] and 7 for [-1, 1].
+    The inverse scaler takes the model's data to [0, 1] and must be affine.
+    """
+    slope = jax.grad(inverse_scaler)(0.0)
+    return -logp / (dim * math.log(2)) + 8 + jnp.log2(slope)
+
+
+def _inner(a, b):
+    return jnp.sum((a * b).reshape(a.shape[0], -1), axis=-1)

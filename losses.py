@@ -1,0 +1,297 @@
+"""Denoising score matching of orders 1, 2 and 3 (Lu et al. 2022, arXiv 2206.08265), per example, and the training step.
+
+Notation of the paper: x = alpha x0 + sigma z, s = s_theta(x, t), J = ds/dx, v a probe with E[v v^T] = I, D dimensions,
+c = z + sigma sg(s) with sg = stop-gradient. Every loss is scaled by the power of sigma that keeps it O(1) at all t.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from errors import UserError
+from sde_lib import SDE, batch_mul
+
+ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
+PyTree = Any
+# (params, model_state, dropout key) -> score function
+ScoreFnOfParams = Callable[[PyTree, PyTree, PRNGKeyArray], ScoreFn]
+# (params, model_state, x0 [B, ...], example index in the global batch [B], key) -> (mean loss, terms [B] by name)
+LossFn = Callable[[PyTree, PyTree, Array, Array, PRNGKeyArray], tuple[Array, dict[str, Array]]]
+
+sg = jax.lax.stop_gradient
+
+
+class DSMLosses(NamedTuple):
+    """The terms of the objective, each [B] and unweighted; a term above the requested order is 0.
+
+    In the exact form the whole second order stands in `second_frobenius`.
+    """
+
+    first: Float[Array, "B"]
+    second_trace: Float[Array, "B"]
+    second_frobenius: Float[Array, "B"]
+    third: Float[Array, "B"]
+
+
+def _inner(a: Float[Array, "B D"], b: Float[Array, "B D"]) -> Float[Array, "B 1"]:
+    return jnp.sum(a * b, axis=-1, keepdims=True)
+
+
+def _probe_derivatives(score: Callable[[Array], Array], x: Array, v: Array, order: int):
+    """s, J v [B, D] and, at order 3, grad_x (v . J v) [B, D], out of one pass; what the order does not need is None."""
+    if order == 1:
+        return score(x), None, None
+
+    def directional(x):
+        s, jv = jax.jvp(score, (x,), (v,))
+        return jnp.sum(v * jv), (s, jv)
+
+    if order == 2:
+        _, (s, jv) = directional(x)
+        return s, jv, None
+    grad_vjv, (s, jv) = jax.grad(directional, has_aux=True)(x)
+    return s, jv, grad_vjv
+
+
+def _exact_derivatives(score: Callable[[Array], Array], x: Array, order: int):
+    """s [B, D], J [B, D, D] and, at order 3, grad_x tr J [B, D]; what the order does not need is None."""
+    if order == 1:
+        return score(x), None, None
+
+    def jacobian(x):
+        # One shift common to the whole batch: examples are independent, so its Jacobian holds each example's own.
+        def shifted(shift):
+            s = score(x + shift)
+            return s, s
+
+        jac, s = jax.jacfwd(shifted, has_aux=True)(jnp.zeros(x.shape[1:], x.dtype))
+        return jnp.sum(jnp.trace(jac, axis1=1, axis2=2)), (s, jac)
+
+    if order == 2:
+        _, (s, jac) = jacobian(x)
+        return s, jac, None
+    grad_trace, (s, jac) = jax.grad(jacobian, has_aux=True)(x)
+    return s, jac, grad_trace
+
+
+def dsm_losses(
+    sde: SDE,
+    score_fn: ScoreFn,
+    x0: Float[Array, "B *shape"],
+    t: Float[Array, "B"],
+    z: Float[Array, "B *shape"],
+    v: Float[Array, "B *shape"] | None,
+    order: int,
+    exact: bool = False,
+) -> DSMLosses:
+    """The denoising score matching losses up to `order` (Lu et al. 2022, section 4), per example.
+
+    first = mean_D (sigma s + z)^2
+    second_trace = ((sigma^2 v.Jv + v.v - (c.v)^2) / D)^2
+    second_frobenius = |sigma^2 Jv + v - (c.v) c|^2 / D^2
+    third = |sigma^3 grad_x(v.Jv) + (c.v)^2 c - (sigma^2 sg(v.Jv) + v.v) c - 2 (c.v)(sigma^2 sg(Jv) + v)|^2 / D^3
+
+    `exact` replaces v v^T by its mean I, with Jacobians by `jax.jacfwd` (D + 1 passes, for small D):
+    second_frobenius = mean over D^2 entries of (sigma^2 J + I - c c^T)^2
+    third = mean_D (sigma^3 grad tr J + |c|^2 c - (sigma^2 sg(tr J) + D) c - 2 (sigma^2 sg(J) + I) c)^2
+
+    Args:
+        score_fn: must treat the examples of the batch independently, as networks without batch normalisation do.
+        x0: clean data. t: times in (0, T]. z: the noise of the forward process.
+        v: probe with E[v v^T] = I; Rademacher in the paper. Not used, and may be None, at order 1 and if `exact`.
+    Raises:
+        ValueError: order other than 1, 2, 3.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"score matching order {order} is unknown; use 1, 2 or 3")
+    batch, dim = x0.shape[0], math.prod(x0.shape[1:])
+    mean, std = sde.marginal_prob(x0, t)
+    sigma = std[:, None]  # [B, 1]
+    x, z = (mean + batch_mul(std, z)).reshape(batch, dim), z.reshape(batch, dim)
+    zero = jnp.zeros(batch, x.dtype)
+
+    def score(x):
+        return score_fn(x.reshape(x0.shape), t).reshape(batch, dim)
+
+    if exact:
+        s, jac, grad_trace = _exact_derivatives(score, x, order)
+        second, third = _exact_losses(sigma, z + sigma * sg(s), jac, grad_trace)
+        terms = zero, second, third
+    else:
+        v = None if v is None else v.reshape(batch, dim)
+        s, jv, grad_vjv = _probe_derivatives(score, x, v, order)
+        terms = _probe_losses(sigma, z + sigma * sg(s), v, jv, grad_vjv)
+    first = jnp.mean(jnp.square(sigma * s + z), axis=-1)
+    return DSMLosses(first, *(zero if term is None else term for term in terms))
+
+
+def _probe_losses(sigma, c, v, jv, grad_vjv):
+    """second_trace, second_frobenius and third, [B] each; None where the derivative is None."""
+    if jv is None:
+        return None, None, None
+    dim = c.shape[-1]
+    cv, vv, vjv = _inner(c, v), _inner(v, v), _inner(v, jv)  # [B, 1]
+    second_trace = jnp.square((sigma**2 * vjv + vv - cv**2) / dim)[:, 0]
+    second_frobenius = jnp.mean(jnp.square(sigma**2 * jv + v - cv * c), axis=-1) / dim
+    if grad_vjv is None:
+        return second_trace, second_frobenius, None
+    residual = (
+        sigma**3 * grad_vjv + cv**2 * c - (sigma**2 * sg(vjv) + vv) * c - 2 * cv * (sigma**2 * sg(jv) + v)
+    )  # [B, D]
+    return second_trace, second_frobenius, jnp.mean(jnp.square(residual), axis=-1) / dim**2
+
+
+def _exact_losses(sigma, c, jac, grad_trace):
+    """second and third, [B] each; None where the derivative is None."""
+    if jac is None:
+        return None, None
+    dim = c.shape[-1]
+    hessian = sigma[..., None] ** 2 * jac + jnp.eye(dim, dtype=c.dtype)  # sigma^2 J + I  [B, D, D]
+    second = jnp.mean(jnp.square(hessian - c[:, :, None] * c[:, None, :]), axis=(1, 2))
+    if grad_trace is None:
+        return second, None
+    hessian = sg(hessian)
+    trace = jnp.trace(hessian, axis1=1, axis2=2)[:, None]  # sigma^2 tr J + D
+    residual = (
+        sigma**3 * grad_trace + _inner(c, c) * c - trace * c - 2 * jnp.einsum("bij,bj->bi", hessian, c)
+    )  # [B, D]
+    return second, jnp.mean(jnp.square(residual), axis=-1)
+
+
+def first_order_weight(sde: SDE, t: Float[Array, "B"], *, likelihood: bool, importance: bool) -> Float[Array, "B"]:
+    """The factor [B] on `DSMLosses.first`: 1, or g^2 / sigma^2 for likelihood weighting at uniform t.
+
+    With importance weighting t already has the density g^2 / sigma^2, so the factor is 1 again.
+    """
+    if likelihood and not importance:
+        return sde.diffusion_sq(t) / jnp.square(sde.sigma(t))
+    return jnp.ones_like(t)
+
+
+class Draws(NamedTuple):
+    """The randomness of the loss of a batch."""
+
+    t: Float[Array, "B"]
+    z: Float[Array, "B *shape"]
+    v: Float[Array, "B *shape"]
+
+
+def draw(
+    sde: SDE, key: PRNGKeyArray, index: Int[Array, "B"], shape: tuple[int, ...], *, eps: float, importance: bool
+) -> Draws:
+    """Time, noise and Rademacher probe of each example: a function of (key, index) alone, whatever the batch or device."""
+
+    def draw_one(i):
+        t_key, z_key, v_key = jax.random.split(jax.random.fold_in(key, i), 3)
+        u = jax.random.uniform(t_key)
+        return u, jax.random.normal(z_key, shape), jax.random.rademacher(v_key, shape, jnp.float32)
+
+    u, z, v = jax.vmap(draw_one)(index)
+    t = sde.importance_weighted_time(u, eps) if importance else eps + u * (sde.T - eps)
+    return Draws(t, z, v)
+
+
+def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfParams) -> LossFn:
+    """The training objective named by `config.training`: mean over the batch of L1 + w2 L2 + w3 L3.
+
+    Returns a function of (params, model_state, x0 [B, ...], index [B], key) to the scalar mean loss and the terms [B]:
+    `loss`, `first` (with its likelihood weight), `second` and `third` (without w2, w3).
+    """
+    order = training_config.score_matching_order
+    likelihood, eps = training_config.likelihood_weighting, training_config.smallest_time
+    importance = likelihood and training_config.importance_weighting
+    w2 = training_config.second_order_weight if order >= 2 else 0.0
+    w3 = training_config.third_order_weight if order >= 3 else 0.0
+    exact, reduce_mean = training_config.exact_jacobian, training_config.reduce_mean
+    if order >= 2 and not reduce_mean:
+        raise UserError(
+            f"training.reduce_mean=False is defined for training.score_matching_order=1 only, not {order}; set it True"
+        )
+
+    def loss_fn(params, model_state, x0, index, key):
+        draw_key, dropout_key = jax.random.split(key)
+        draws = draw(sde, draw_key, index, x0.shape[1:], eps=eps, importance=importance)
+        score_fn = score_fn_of_params(params, model_state, dropout_key)
+        terms = dsm_losses(sde, score_fn, x0, *draws, order, exact)
+        first = terms.first * first_order_weight(sde, draws.t, likelihood=likelihood, importance=importance)
+        if not reduce_mean:
+            first = 0.5 * math.prod(x0.shape[1:]) * first
+        second = terms.second_trace + terms.second_frobenius
+        loss = first + w2 * second + w3 * terms.third
+        return jnp.mean(loss), {"loss": loss, "first": first, "second": second, "third": terms.third}
+
+    return loss_fn
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes. Randomness is a function of the step: `fold_in(key, step)`."""
+
+    step: Array
+    params: PyTree
+    ema_params: PyTree
+    opt_state: PyTree
+    model_state: PyTree
+    key: PRNGKeyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class _WarmUp:
+    """Learning rate lr * min(step / warmup, 1), so 0 at the very first step, as in the public code."""
+
+    lr: float
+    warmup: int
+
+    def __call__(self, step):
+        return self.lr * jnp.minimum(step / self.warmup, 1.0) if self.warmup > 0 else self.lr
+
+
+def get_optimizer(optim_config: Any) -> optax.GradientTransformation:
+    """Adam with linear warm-up, after clipping the gradient by its GLOBAL norm (negative `grad_clip`: no clipping)."""
+    if optim_config.optimizer != "Adam":
+        raise UserError(f"optim.optimizer={optim_config.optimizer!r} is unknown; use 'Adam'")
+    clip = (
+        optax.clip_by_global_norm(optim_config.grad_clip) if optim_config.grad_clip >= 0 else optax.identity()
+    )
+    adam = optax.adamw(
+        _WarmUp(optim_config.lr, optim_config.warmup),
+        b1=optim_config.beta1,
+        b2=optim_config.beta2,
+        eps=optim_config.eps,
+        weight_decay=optim_config.weight_decay,
+    )
+    return optax.chain(clip, adam)
+
+
+def get_step_fn(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_rate: float, axis_name: str | None = "batch"
+) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
+    """One optimiser step (state, x0 [B, ...]) -> (state, metrics), to be scanned inside a pmap over `axis_name`.
+
+    Metrics are scalars: the batch means of the loss terms and `grad_norm` before clipping. An example's randomness
+    follows from the step and its place in the global batch, so the number of devices does not change the result.
+    """
+
+    def step_fn(state, x0):
+        device = jax.lax.axis_index(axis_name) if axis_name else 0
+        index = device * x0.shape[0] + jnp.arange(x0.shape[0])
+        key = jax.random.fold_in(state.key, state.step)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, terms), grads = grad_fn(state.params, state.model_state, x0, index, key)
+        metrics = jax.tree.map(jnp.mean, terms)
+        if axis_name:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_rate)
+        return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), metrics
+
+    return step_fn

@@ -1,0 +1,476 @@
+"""The two jobs, `train` and `evaluate`: builds each part once, owns the loops and the pmap."""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+from flax import linen as nn
+
+import checkpoints
+import datasets
+import evaluation
+import likelihood
+import losses
+import models
+import report
+import sampling
+import sde_lib
+from configs.check import check_config, flatten
+from errors import UserError
+from models.score import get_score_fn
+
+TERMS = ("loss", "first", "second", "third")
+
+
+class Parts(NamedTuple):
+    """What both jobs are built from."""
+
+    config: ml_collections.ConfigDict
+    sde: sde_lib.SDE
+    dataset: datasets.Dataset
+    model: nn.Module
+    optimizer: Any
+
+    def score_fn(self, params, model_state, dropout_key=None) -> losses.ScoreFn:
+        """Network to score; with a dropout key, in training mode."""
+        train = dropout_key is not None
+        return get_score_fn(self.sde, self.model, params, model_state, train=train, dropout_key=dropout_key)
+
+    def init_state(self) -> losses.TrainState:
+        """The state before the first step, on one device."""
+        init_key, key = jax.random.split(jax.random.PRNGKey(self.config.seed))
+        params, model_state = models.init_params(self.model, init_key, (1, *self.dataset.shape))
+        return losses.TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema_params=params,
+            opt_state=self.optimizer.init(params),
+            model_state=model_state,
+            key=key,
+        )
+
+
+def build(config: ml_collections.ConfigDict) -> Parts:
+    """Checks the config and makes the parts. UserError says what is wrong with the config or the data."""
+    check_config(config)
+    devices = jax.device_count()
+    for key in ("training.batch_size", "eval.batch_size"):
+        if flatten(config)[key] % devices:
+            raise UserError(f"{key}={flatten(config)[key]} is not divisible by the {devices} devices of this run")
+    return Parts(
+        config,
+        sde_lib.from_config(config),
+        datasets.load(config.data),
+        models.create_model(config),
+        losses.get_optimizer(config.optim),
+    )
+
+
+def _replicate(tree):
+    """One copy for each local device, on a new leading axis, as pmap wants it."""
+    return jax.tree.map(lambda x: jnp.stack([x] * jax.local_device_count()), tree)
+
+
+def _first(tree):
+    """The first device's copy, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x[0]), tree)
+
+
+def _shard(x: np.ndarray) -> np.ndarray:
+    """[B, ...] to [local devices, B / devices, ...]."""
+    return x.reshape(jax.local_device_count(), -1, *x.shape[1:])
+
+
+def _grouped(loader: Iterator[dict], n: int) -> Iterator[np.ndarray]:
+    """Stacks n batches [B, ...] for one call of the scanned step: [local devices, n, B / devices, ...]."""
+    while True:
+        batches = [_shard(next(loader)["x"]) for _ in range(n)]
+        yield np.stack(batches, axis=1)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes beside and renames, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _write_npz(path: Path, **arrays: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard. Opened at a step, it forgets what an interrupted run logged after that step."""
+
+    def __init__(self, workdir: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class Pending:
+    """The training metrics of the steps since the last log line; part of a checkpoint, so that a resume logs the same."""
+
+    def __init__(self, values: dict[str, list[float]] | None = None):
+        self.values = values or {}
+        self._on_device: list[dict[str, jax.Array]] = []
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """metrics: [devices, n] each, equal on all devices. They are fetched later, not to hold up the device."""
+        self._on_device.append(metrics)
+
+    def flush(self) -> dict[str, list[float]]:
+        for metrics in self._on_device:
+            for name, value in metrics.items():
+                self.values.setdefault(name, []).extend(np.asarray(value[0]).tolist())
+        self._on_device = []
+        return self.values
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        means = {name: math.fsum(values) / len(values) for name, values in self.flush().items()}
+        self.values = {}
+        return means
+
+
+def _snapshot_number(config, step: int) -> int:
+    """Snapshot k is the one after k * snapshot_freq steps; the last one may be one step later (n_iters = k freq + 1)."""
+    return max(1, math.ceil((step - 1) / config.training.snapshot_freq))
+
+
+def _restore_or_init(parts: Parts, directory: Path) -> tuple[losses.TrainState, dict[str, Any]]:
+    """The newest resume checkpoint and its record, or a fresh state."""
+    state = parts.init_state()
+    path = checkpoints.latest(directory)
+    if path is None:
+        return state, {}
+    restored = checkpoints.restore(path)
+    logging.info("resuming from %s", path)
+    return checkpoints.into(state, restored.state, path), restored.record
+
+
+def _eval_loss_fn(parts: Parts):
+    """(ema_params, model_state) -> terms, on the first training batch's worth of test examples.
+
+    The same images, times, noise and probes every time, so that the curve shows the network and not the draw.
+    """
+    config = parts.config
+    devices = jax.local_device_count()
+    size = min(config.training.batch_size // jax.process_count(), len(parts.dataset.test)) // devices * devices
+    if size == 0:
+        raise UserError(f"the test split of {parts.dataset.name} has fewer examples than there are devices, {devices}")
+    dequantize = config.data.uniform_dequantization
+    batches = datasets.eval_batches(
+        parts.dataset, config.data, "test", size, seed=config.seed, dequantize=dequantize, limit=size
+    )
+    batch = next(batches)
+    loss_fn = losses.get_loss_fn(config.training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
+
+    @functools.partial(jax.pmap, axis_name="batch")
+    def terms(params, model_state, x, index):
+        _, values = loss_fn(params, model_state, x, index, jax.random.PRNGKey(config.seed))
+        return jax.lax.pmean(jax.tree.map(jnp.mean, values), "batch")
+
+    x, index = _shard(batch["x"]), _shard(batch["index"].astype(np.int32))
+    return lambda params, model_state: {
+        name: float(value[0]) for name, value in terms(params, model_state, x, index).items()
+    }
+
+
+def _sampler(parts: Parts, batch: int):
+    """(params, model_state, keys), each with a leading axis of devices -> samples [batch, ...], nfe [batch]."""
+    inverse_scaler = _inverse_scaler(parts)
+    sample = sampling.get_sampling_fn(parts.config.sampling, parts.sde, parts.dataset.shape, inverse_scaler)
+    devices = jax.local_device_count()
+    per_device = math.ceil(batch / devices)
+
+    @jax.pmap
+    def draw(params, model_state, key):
+        return sample(parts.score_fn(params, model_state), key, per_device)
+
+    def draw_batch(params, model_state, key):
+        x, nfe = draw(params, model_state, jax.random.split(key, devices))
+        x, nfe = np.asarray(x), np.asarray(nfe)
+        return x.reshape(-1, *x.shape[2:])[:batch], nfe.reshape(-1)[:batch]
+
+    return draw_batch
+
+
+def _inverse_scaler(parts: Parts):
+    if parts.dataset.is_image:
+        return datasets.get_data_inverse_scaler(parts.config.data.centered)
+    return lambda x: x
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> losses.TrainState:
+    """Trains to `training.n_iters` steps, or on from the newest checkpoint in `workdir/checkpoints-meta`.
+
+    Writes `checkpoints/` (kept), `checkpoints-meta/` (the newest, for resuming), `metrics.jsonl`, `tensorboard/`,
+    `samples/` and `report/` under `workdir`. Returns the final state, on the host.
+    """
+    workdir = Path(workdir)
+    parts = build(config)
+    training = config.training
+    workdir.mkdir(parents=True, exist_ok=True)
+    state, record = _restore_or_init(parts, workdir / "checkpoints-meta")
+    step = int(state.step)
+    _write_json(workdir / "config.json", config.to_dict())
+
+    loader = datasets.train_loader(
+        parts.dataset,
+        config.data,
+        batch_size=training.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if record:
+        loader.set_state(record["loader"])
+    pending = Pending(record.get("pending"))
+    log = MetricsLog(workdir, step)
+    loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
+    step_fn = losses.get_step_fn(loss_fn, parts.optimizer, config.model.ema_rate)
+    # XLA on the CPU differentiates convolution kernels some 40 times slower inside a loop.
+    scan = functools.partial(jax.lax.scan, step_fn, unroll=jax.default_backend() == "cpu")
+    p_step = jax.pmap(scan, axis_name="batch", donate_argnums=0)
+    eval_loss = _eval_loss_fn(parts)
+    n_params = sum(x.size for x in jax.tree.leaves(state.params))
+    logging.info(
+        "training %s on %s: %s parameters, order %d, batch %d on %d %s device(s), steps %d to %d",
+        config.model.name,
+        parts.dataset.name,
+        f"{n_params:,}",
+        training.score_matching_order,
+        training.batch_size,
+        jax.device_count(),
+        jax.default_backend(),
+        step,
+        training.n_iters,
+    )
+
+    def save(folder: str, number: int, keep: int) -> None:
+        saved = {"loader": loader.get_state(), "pending": pending.flush(), "config": config.to_dict()}
+        checkpoints.save(workdir / folder, _first(p_state), number, saved, keep)
+
+    p_state = _replicate(state)
+    last_time, last_step = time.monotonic(), step
+    draw_samples = None
+    for batch in _grouped(loader, training.n_jitted_steps):
+        if step >= training.n_iters:
+            break
+        p_state, metrics = p_step(p_state, batch)
+        pending.add(metrics)
+        step += training.n_jitted_steps
+        final = step >= training.n_iters
+        if step % training.log_freq == 0:
+            means = pending.means()
+            log.write(step, "train", means)
+            speed = (step - last_step) / (time.monotonic() - last_time)
+            last_time, last_step = time.monotonic(), step
+            _log_progress(step, training.n_iters, means, speed)
+        if step % training.eval_freq == 0:
+            log.write(step, "eval", eval_loss(p_state.ema_params, p_state.model_state))
+        if step % training.snapshot_freq == 0 or final:
+            save("checkpoints", _snapshot_number(config, step), keep=0)
+            if training.snapshot_sampling:
+                draw_samples = draw_samples or _sampler(parts, 64)
+                _save_samples(parts, p_state, draw_samples, workdir / "samples" / f"step_{step:08d}", step)
+        if step % training.snapshot_freq_for_preemption == 0 or final:
+            save("checkpoints-meta", step, keep=1)
+    log.close()
+    logging.info("trained to step %d; checkpoints in %s", step, workdir / "checkpoints")
+    logging.info("report: %s", report.write_report(workdir))
+    return _first(p_state)
+
+
+def _log_progress(step: int, n_iters: int, means: dict[str, float], speed: float) -> None:
+    shown = "  ".join(f"{name} {means[name]:.4g}" for name in (*TERMS, "grad_norm"))
+    eta = time.strftime("%H:%M:%S", time.gmtime((n_iters - step) / speed))
+    logging.info("step %d/%d  %s  %.1f steps/s  ETA %s", step, n_iters, shown, speed, eta)
+
+
+def _save_samples(parts: Parts, p_state, draw_samples, path: Path, step: int) -> None:
+    key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), step)
+    samples, _ = draw_samples(p_state.ema_params, p_state.model_state, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if parts.dataset.is_image:
+        report.save_image_grid(path.with_suffix(".png"), samples)
+    else:
+        _write_npz(path.with_suffix(".npz"), samples=samples)
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: str | Path, eval_folder: str = "eval") -> list[dict]:
+    """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` (0 and 0: the newest) with the EMA parameters.
+
+    Writes `report_<n>.json`, `bpd_<n>.npz`, `samples_<n>.npz` and, for synthetic data, `density_<n>.npz` into
+    `workdir/eval_folder`. Returns what the JSON files hold. UserError if there is no such checkpoint.
+    """
+    workdir = Path(workdir)
+    check_config(config)
+    begin, end = config.eval.begin_ckpt, config.eval.end_ckpt
+    paths = [checkpoints.find(workdir / "checkpoints", number) for number in range(begin, end + 1)]
+    parts = build(config)
+    out = workdir / eval_folder
+    out.mkdir(parents=True, exist_ok=True)
+    target = jax.eval_shape(parts.init_state)
+    results = []
+    for path in paths:
+        number = int(path.name.rpartition("_")[2])
+        state = checkpoints.into(target, checkpoints.restore(path).state, path)
+        params, model_state = _replicate(state.ema_params), _replicate(state.model_state)
+        result: dict[str, Any] = {"checkpoint": number, "step": int(state.step), "dataset": parts.dataset.name}
+        if config.eval.enable_bpd:
+            result |= _evaluate_likelihood(parts, params, model_state, out, number)
+        if config.eval.enable_sampling:
+            result |= _evaluate_samples(parts, params, model_state, out, number)
+        _write_json(out / f"report_{number}.json", result)
+        logging.info("checkpoint %d: %s", number, json.dumps(result))
+        results.append(result)
+    logging.info("results in %s; report: %s", out, report.write_report(workdir))
+    return results
+
+
+def _likelihood_fn(parts: Parts):
+    """(params, model_state, x, index, key) -> logp [B] in nats, nfe [B]; arguments with a leading axis of devices.
+
+    The probe of an example is a function of key and index alone, so checkpoints and orders are compared on the same.
+    """
+    config = parts.config.eval
+
+    @jax.pmap
+    def fn(params, model_state, x, index, key):
+        probe = None
+        if config.hutchinson_type != "exact":
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(index)
+            probe = jax.vmap(lambda k: likelihood.probe(k, x.shape[1:], config.hutchinson_type))(keys)
+        score_fn = parts.score_fn(params, model_state)
+        solver = {"rtol": config.rtol, "atol": config.atol, "max_steps": config.max_steps}
+        eps = parts.config.training.smallest_time
+        logp, _, nfe = likelihood.ode_log_likelihood(parts.sde, score_fn, x, probe, eps=eps, **solver)
+        return logp, nfe
+
+    return fn
+
+
+def _padded_likelihood(fn, params, model_state, x: np.ndarray, index: np.ndarray, key, size: int):
+    """logp and nfe of n <= size examples, the batch filled up with copies of the last one so that one program serves."""
+    rows = np.minimum(np.arange(size), len(x) - 1)
+    keys = jnp.stack([key] * jax.local_device_count())
+    logp, nfe = fn(params, model_state, _shard(x[rows]), _shard(index[rows].astype(np.int32)), keys)
+    logp, nfe = np.asarray(logp).reshape(-1)[: len(x)], np.asarray(nfe).reshape(-1)[: len(x)]
+    if not np.all(np.isfinite(logp)):
+        bad = index[~np.isfinite(logp)]
+        raise UserError(
+            f"the likelihood ODE failed on {len(bad)} of {len(x)} examples, first on number {bad[0]}: it reached "
+            "eval.max_steps or a non-finite state; raise eval.max_steps, loosen eval.rtol/atol, or train further"
+        )
+    return logp, nfe
+
+
+def _evaluate_likelihood(parts: Parts, params, model_state, out: Path, number: int) -> dict[str, Any]:
+    """Every example of the split once in each repeat: bits/dim of images, nats of synthetic data."""
+    config = parts.config.eval
+    size = min(config.batch_size, _round_up(_split_size(parts)))
+    fn = _likelihood_fn(parts)
+    logps, nfes = [], []
+    repeats = config.num_repeats if parts.dataset.is_image or config.hutchinson_type != "exact" else 1
+    for repeat in range(repeats):
+        key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), repeat)
+        batches = datasets.eval_batches(
+            parts.dataset,
+            parts.config.data,
+            config.bpd_dataset,
+            size,
+            seed=parts.config.seed,
+            repeat=repeat,
+            limit=config.num_examples,
+        )
+        rows = [_padded_likelihood(fn, params, model_state, b["x"], b["index"], key, size) for b in batches]
+        logps.append(np.concatenate([logp for logp, _ in rows]))
+        nfes.append(np.concatenate([nfe for _, nfe in rows]))
+        logging.info("likelihood: repeat %d of %d done", repeat + 1, repeats)
+    logp, nfe = np.stack(logps), np.stack(nfes)  # [R, N]
+    result: dict[str, Any] = {"nfe": {"min": int(nfe.min()), "mean": float(nfe.mean()), "max": int(nfe.max())}}
+    if parts.dataset.is_image:
+        dim = math.prod(parts.dataset.shape)
+        bpd = np.asarray(likelihood.bits_per_dim(logp, dim, _inverse_scaler(parts)))
+        result["bpd"] = evaluation.mean_and_stderr(bpd)
+        if config.gaussian_baseline:
+            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(parts.dataset, parts.config.data, parts.config.seed)
+        _write_npz(out / f"bpd_{number}.npz", bpd=bpd, logp=logp, nfe=nfe)
+    else:
+        result["nll"] = {**evaluation.mean_and_stderr(-logp), "unit": "nats"}
+        _write_npz(out / f"bpd_{number}.npz", logp=logp, nfe=nfe)
+        if parts.dataset.shape[0] <= 2:
+            result |= _evaluate_density(parts, fn, params, model_state, out, number)
+    return result
+
+
+def _evaluate_density(parts: Parts, fn, params, model_state, out: Path, number: int) -> dict[str, Any]:
+    """The model's density on a grid and, where the data's is known, the exact NLL by quadrature, without sampling error."""
+    points, cell, data = evaluation.density_grid(parts.dataset)
+    size = min(parts.config.eval.batch_size, _round_up(len(points)))
+    key = jax.random.PRNGKey(parts.config.seed)
+    logps = []
+    for start in range(0, len(points), size):
+        x = points[start : start + size]
+        logps.append(_padded_likelihood(fn, params, model_state, x, np.arange(start, start + len(x)), key, size)[0])
+    arrays = {"x": points, "model_logp": np.concatenate(logps), "data": data}
+    result: dict[str, Any] = {}
+    if parts.dataset.log_prob is not None:
+        arrays["true_logp"] = parts.dataset.log_prob(points)
+        result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], cell)
+    _write_npz(out / f"density_{number}.npz", **arrays)
+    return result
+
+
+def _evaluate_samples(parts: Parts, params, model_state, out: Path, number: int) -> dict[str, Any]:
+    config = parts.config.eval
+    size = min(config.batch_size, _round_up(config.num_samples))
+    draw, samples, nfes = _sampler(parts, size), [], []
+    for round_ in range(math.ceil(config.num_samples / size)):
+        key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed + 1), round_)
+        x, nfe = draw(params, model_state, key)
+        samples.append(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8) if parts.dataset.is_image else x)
+        nfes.append(nfe)
+    drawn, nfe = np.concatenate(samples)[: config.num_samples], np.concatenate(nfes)[: config.num_samples]
+    _write_npz(out / f"samples_{number}.npz", samples=drawn)
+    if parts.dataset.is_image:
+        report.save_image_grid(out / f"samples_{number}.png", drawn[:64])
+    return {"sampling": {"method": parts.config.sampling.method, "num_samples": len(drawn), "nfe": float(nfe.mean())}}
+
+
+def _round_up(n: int) -> int:
+    return math.ceil(n / jax.local_device_count()) * jax.local_device_count()
+
+
+def _split_size(parts: Parts) -> int:
+    size = len(getattr(parts.dataset, parts.config.eval.bpd_dataset))
+    return min(size, parts.config.eval.num_examples) if parts.config.eval.num_examples else size
