@@ -190,8 +190,8 @@ def draw(
 
     def draw_one(i):
         t_key, z_key, v_key = jax.random.split(jax.random.fold_in(key, i), 3)
-        u = jax.random.uniform(t_key)
-        return u, jax.random.normal(z_key, shape), jax.random.rademacher(v_key, shape, jnp.float32)
+        z = jax.random.normal(z_key, shape)
+        return jax.random.uniform(t_key), z, jax.random.rademacher(v_key, shape, z.dtype)
 
     u, z, v = jax.vmap(draw_one)(index)
     t = sde.importance_weighted_time(u, eps) if importance else eps + u * (sde.T - eps)
@@ -239,7 +239,7 @@ class TrainState:
     ema_params: PyTree
     opt_state: PyTree
     model_state: PyTree
-    key: PRNGKeyArray
+    key: Array
 
 
 @dataclasses.dataclass(frozen=True)

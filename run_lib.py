@@ -257,8 +257,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> losses.Trai
     log = MetricsLog(workdir, step)
     loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
     step_fn = losses.get_step_fn(loss_fn, parts.optimizer, config.model.ema_rate)
-    # XLA on the CPU differentiates convolution kernels some 40 times slower inside a loop.
-    scan = functools.partial(jax.lax.scan, step_fn, unroll=jax.default_backend() == "cpu")
+    # XLA on the CPU differentiates convolution kernels some 40 times slower inside a loop: no loop there for images.
+    unroll = training.n_jitted_steps if jax.default_backend() == "cpu" and parts.dataset.is_image else 1
+    scan = functools.partial(jax.lax.scan, step_fn, unroll=unroll)
     p_step = jax.pmap(scan, axis_name="batch", donate_argnums=0)
     eval_loss = _eval_loss_fn(parts)
     n_params = sum(x.size for x in jax.tree.leaves(state.params))
@@ -353,7 +354,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | Path, eval_folder
         _write_json(out / f"report_{number}.json", result)
         logging.info("checkpoint %d: %s", number, json.dumps(result))
         results.append(result)
-    logging.info("results in %s; report: %s", out, report.write_report(workdir))
+    logging.info("results in %s; report: %s", out, report.write_report(workdir, eval_folder=eval_folder))
     return results
 
 

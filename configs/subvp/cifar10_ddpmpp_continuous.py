@@ -1,0 +1,20 @@
+"""DDPM++ on CIFAR-10, sub-VP SDE."""
+
+from ml_collections import ConfigDict
+
+from configs.default_cifar10_configs import get_default_configs
+
+
+def get_config() -> ConfigDict:
+    config = get_default_configs()
+    config.training.sde = "subvpsde"
+    config.training.smallest_time = 1e-2
+    config.sampling.smallest_time = 1e-2
+    config.data.centered = True
+    model = config.model
+    model.ema_rate = 0.9999
+    model.embedding_type = "positional"
+    model.fir = False
+    model.progressive_input = "none"
+    model.scale_by_sigma = False
+    return config

@@ -1,0 +1,175 @@
+"""Blocks of NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456).
+
+Parameter paths are flax's automatic names, so class names and the order in which a block creates its parts are those
+of the published checkpoints: they must not change.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from models import up_or_down_sampling as resampling
+from models.layers import NIN, conv, default_init, dense
+from models.normalization import group_norm
+
+Image = Float[Array, "B H W C"]
+Resized = Float[Array, "B H2 W2 C2"]
+TimeEmbedding = Float[Array, "B E"]
+Taps = resampling.Taps
+
+
+def add_skip(x: Image, h: Image, rescale: bool) -> Image:
+    """x + h, divided by sqrt(2) if `rescale` so that the variance stays."""
+    return (x + h) / math.sqrt(2) if rescale else x + h
+
+
+class GaussianFourierProjection(nn.Module):
+    """[sin(2 pi W x), cos(2 pi W x)] with W ~ N(0, scale^2) [size], fixed unless `trainable`: [B] -> [B, 2 size]."""
+
+    size: int
+    scale: float
+    trainable: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B"]) -> TimeEmbedding:
+        weight = self.param("W", jax.nn.initializers.normal(self.scale), (self.size,))
+        if not self.trainable:
+            weight = jax.lax.stop_gradient(weight)
+        angles = x[:, None] * weight * 2 * jnp.pi
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Combine(nn.Module):
+    """Brings x to the channels of y and adds it ("sum") or puts it before y ("cat")."""
+
+    method: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], y: Float[Array, "B H W D"]) -> Float[Array, "B H W _"]:
+        h = conv(y.shape[-1], size=1)(x)
+        return h + y if self.method == "sum" else jnp.concatenate([h, y], axis=-1)
+
+
+class AttnBlockpp(nn.Module):
+    """Residual self-attention over all pixels, one head: softmax(q k^T / sqrt(C)) v."""
+
+    skip_rescale: bool
+    init_scale: float
+
+    @nn.compact
+    def __call__(self, x: Image) -> Image:
+        batch, height, width, channels = x.shape
+        h = group_norm(channels)(x).reshape(batch, height * width, channels)
+        q, k, v = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
+        attention = jax.nn.softmax(jnp.einsum("bic,bjc->bij", q, k) / math.sqrt(channels), axis=-1)
+        h = NIN(channels, init_scale=self.init_scale)(jnp.einsum("bij,bjc->bic", attention, v))
+        return add_skip(x, h.reshape(x.shape), self.skip_rescale)
+
+
+class Upsample(nn.Module):
+    """[B, H, W, C] -> [B, 2 H, 2 W, features], by FIR filter or nearest neighbour, with a convolution if `with_conv`."""
+
+    with_conv: bool
+    fir: bool
+    fir_kernel: Taps
+    features: int | None = None  # None: C; with_conv only
+    conv_size: int = 3
+
+    @nn.compact
+    def __call__(self, x: Image) -> Resized:
+        features = self.features or x.shape[-1]
+        if not self.with_conv:
+            return resample(x, self.fir_kernel if self.fir else None, up=True)
+        if self.fir:
+            return resampling.Conv2d(features, default_init(), self.conv_size, up=True, taps=self.fir_kernel)(x)
+        return conv(features, self.conv_size)(resampling.naive_upsample_2d(x))
+
+
+class Downsample(nn.Module):
+    """[B, H, W, C] -> [B, H / 2, W / 2, features], by FIR filter, mean or, if `with_conv`, convolution of stride 2."""
+
+    with_conv: bool
+    fir: bool
+    fir_kernel: Taps
+    features: int | None = None  # None: C; with_conv only
+    conv_size: int = 3
+
+    @nn.compact
+    def __call__(self, x: Image) -> Resized:
+        features = self.features or x.shape[-1]
+        if not self.with_conv:
+            return resample(x, self.fir_kernel if self.fir else None, up=False)
+        if self.fir:
+            return resampling.Conv2d(features, default_init(), self.conv_size, down=True, taps=self.fir_kernel)(x)
+        return conv(features, self.conv_size, stride=2)(x)
+
+
+def resample(x: Image, taps: Taps | None, up: bool) -> Resized:
+    """Doubles (`up`) or halves the image, by the FIR filter `taps` or, if None, by nearest neighbour or mean."""
+    if taps is None:
+        return resampling.naive_upsample_2d(x) if up else resampling.naive_downsample_2d(x)
+    return resampling.upsample_2d(x, taps) if up else resampling.downsample_2d(x, taps)
+
+
+class ResnetBlockDDPMpp(nn.Module):
+    """Residual block of DDPM: [B, H, W, C], time embedding [B, E] or None -> [B, H, W, features]."""
+
+    act: Callable
+    dropout: float
+    skip_rescale: bool
+    init_scale: float
+    features: int | None = None  # None: C
+    conv_shortcut: bool = False  # a convolution, not a NIN, where the number of channels changes
+    conv_size: int = 3
+
+    @nn.compact
+    def __call__(self, x: Image, temb: TimeEmbedding | None, train: bool = False) -> Float[Array, "B H W _"]:
+        features = self.features or x.shape[-1]
+        h = conv(features, self.conv_size)(self.act(group_norm(x.shape[-1])(x)))
+        if temb is not None:
+            h += dense(features)(self.act(temb))[:, None, None, :]
+        h = self.act(group_norm(features)(h))
+        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        h = conv(features, self.conv_size, init_scale=self.init_scale)(h)
+        if x.shape[-1] != features:
+            x = conv(features, self.conv_size)(x) if self.conv_shortcut else NIN(features)(x)
+        return add_skip(x, h, self.skip_rescale)
+
+
+class ResnetBlockBigGANpp(nn.Module):
+    """Residual block of BigGAN (arXiv 1809.11096), resampling before its first convolution if `up` or `down`.
+
+    [B, H, W, C], time embedding [B, E] or None -> [B, H, W, features], or with H and W doubled or halved.
+    """
+
+    act: Callable
+    dropout: float
+    skip_rescale: bool
+    init_scale: float
+    fir: bool
+    fir_kernel: Taps
+    features: int | None = None  # None: C
+    up: bool = False
+    down: bool = False
+    conv_size: int = 3
+
+    @nn.compact
+    def __call__(self, x: Image, temb: TimeEmbedding | None, train: bool = False) -> Resized:
+        channels, features = x.shape[-1], self.features or x.shape[-1]
+        h = self.act(group_norm(channels)(x))
+        if self.up or self.down:
+            taps = self.fir_kernel if self.fir else None
+            h, x = resample(h, taps, self.up), resample(x, taps, self.up)
+        h = conv(features, self.conv_size)(h)
+        if temb is not None:
+            h += dense(features)(self.act(temb))[:, None, None, :]
+        h = self.act(group_norm(features)(h))
+        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        h = conv(features, self.conv_size, init_scale=self.init_scale)(h)
+        if channels != features or self.up or self.down:
+            x = conv(features, size=1)(x)
+        return add_skip(x, h, self.skip_rescale)

@@ -1,0 +1,197 @@
+"""The U-Nets NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456), one network with options.
+
+Parameter paths are flax's automatic names, so the order in which the parts are created is that of the published
+checkpoints: it must not change.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from errors import UserError
+from models.layers import ACTIVATIONS, conv, dense, get_activation, get_timestep_embedding
+from models.layerspp import (
+    AttnBlockpp,
+    Combine,
+    Downsample,
+    GaussianFourierProjection,
+    ResnetBlockBigGANpp,
+    ResnetBlockDDPMpp,
+    Upsample,
+    add_skip,
+)
+from models.normalization import group_norm
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "nonlinearity": tuple(ACTIVATIONS),
+    "resblock_type": ("biggan", "ddpm"),
+    "progressive": ("none", "output_skip", "residual"),
+    "progressive_input": ("none", "input_skip", "residual"),
+    "progressive_combine": ("sum", "cat"),
+    "embedding_type": ("fourier", "positional"),
+    "conditioning": ("sigma", "scaled_time"),
+}
+
+Image = Float[Array, "B H W C"]
+
+
+class NCSNpp(nn.Module):
+    """Score network: images [B, H, W, C] and time condition [B] -> [B, H, W, C].
+
+    The fields are the keys of `config.model` and `config.data`, but for `conditioning`, which says what the time
+    condition is: "sigma", and the output is the score; "scaled_time" (999 t), and -output / sigma is the score.
+    Raises UserError for an unknown option, options that exclude each other, or an image size that cannot be halved.
+    """
+
+    nf: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    conditioning: str
+    centered: bool
+    nonlinearity: str
+    dropout: float
+    resamp_with_conv: bool
+    conditional: bool
+    fir: bool
+    fir_kernel: tuple[float, ...]
+    skip_rescale: bool
+    resblock_type: str
+    progressive: str
+    progressive_input: str
+    progressive_combine: str
+    embedding_type: str
+    fourier_scale: float
+    trainable_embedding: bool
+    init_scale: float
+    conv_size: int
+    scale_by_sigma: bool
+
+    def __post_init__(self) -> None:
+        for field, allowed in OPTIONS.items():
+            value = getattr(self, field)
+            if value not in allowed:
+                raise UserError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}")
+        if self.conditioning == "sigma" and self.embedding_type == "positional":
+            raise UserError("model.embedding_type='positional' embeds a time, and vesde gives sigma; use fourier")
+        if self.conditioning != "sigma" and self.scale_by_sigma:
+            raise UserError("model.scale_by_sigma=True is for training.sde='vesde' alone; set it to False")
+        if self.conv_size < 1 or self.conv_size % 2 == 0:
+            raise UserError(f"model.conv_size={self.conv_size} must be odd and positive")
+        super().__post_init__()
+
+    @property
+    def predicts_score(self) -> bool:
+        """Whether the output is the score itself; otherwise it is minus sigma times the score."""
+        return self.conditioning == "sigma"
+
+    @nn.compact
+    def __call__(self, x: Image, time_cond: Float[Array, "B"], train: bool = False) -> Image:
+        halvings = len(self.ch_mult) - 1
+        if any(size % 2**halvings for size in x.shape[1:3]):
+            raise UserError(
+                f"data.image_size={x.shape[1]} cannot be halved {halvings} times; shorten model.ch_mult={self.ch_mult}"
+            )
+        temb = self._embed(time_cond)
+        h = x if self.centered else 2 * x - 1
+        skips = self._encode(h, temb, train)
+
+        resnet, attention = self._parts()
+        h = resnet()(skips[-1], temb, train)
+        h = attention()(h)
+        h = resnet()(h, temb, train)
+
+        h = self._decode(h, skips, x.shape[-1], temb, train)
+        return h / time_cond[:, None, None, None] if self.scale_by_sigma else h
+
+    def _embed(self, time_cond: Float[Array, "B"]) -> Float[Array, "B E"] | None:
+        """Time embedding [B, 4 nf], or None for a network that does not see the time."""
+        if self.embedding_type == "fourier":
+            level = jnp.log(time_cond) if self.conditioning == "sigma" else time_cond
+            # created even if not conditional: its fixed weights are part of every checkpoint
+            temb = GaussianFourierProjection(self.nf, self.fourier_scale, self.trainable_embedding)(level)
+        else:
+            temb = get_timestep_embedding(time_cond, self.nf)
+        if not self.conditional:
+            return None
+        temb = dense(4 * self.nf)(temb)
+        return dense(4 * self.nf)(get_activation(self.nonlinearity)(temb))
+
+    def _parts(self) -> tuple[Any, Any]:
+        """Constructors of the residual block and the attention block, with the options filled in."""
+        options: dict[str, Any] = dict(
+            act=get_activation(self.nonlinearity),
+            dropout=self.dropout,
+            skip_rescale=self.skip_rescale,
+            init_scale=self.init_scale,
+            conv_size=self.conv_size,
+        )
+        if self.resblock_type == "biggan":
+            resnet = functools.partial(ResnetBlockBigGANpp, fir=self.fir, fir_kernel=self.fir_kernel, **options)
+        else:
+            resnet = functools.partial(ResnetBlockDDPMpp, **options)
+        return resnet, functools.partial(AttnBlockpp, self.skip_rescale, self.init_scale)
+
+    def _resampler(self, cls: Any, with_conv: bool, features: int | None = None) -> Any:
+        return cls(with_conv, self.fir, self.fir_kernel, features, self.conv_size)
+
+    def _encode(self, x: Image, temb: Any, train: bool) -> list[Array]:
+        """The way down: every feature map that the way up will read, the coarsest last."""
+        resnet, attention = self._parts()
+        pyramid = x  # the image at the current resolution
+        skips = [conv(self.nf, self.conv_size)(x)]
+        for level, multiplier in enumerate(self.ch_mult):
+            for _ in range(self.num_res_blocks):
+                h = resnet(features=self.nf * multiplier)(skips[-1], temb, train)
+                if h.shape[1] in self.attn_resolutions:
+                    h = attention()(h)
+                skips.append(h)
+            if level == len(self.ch_mult) - 1:
+                break
+
+            if self.resblock_type == "biggan":
+                h = resnet(down=True)(skips[-1], temb, train)
+            else:
+                h = self._resampler(Downsample, self.resamp_with_conv)(skips[-1])
+            if self.progressive_input == "input_skip":
+                pyramid = self._resampler(Downsample, with_conv=False)(pyramid)
+                h = Combine(self.progressive_combine)(pyramid, h)
+            elif self.progressive_input == "residual":
+                pyramid = self._resampler(Downsample, True, h.shape[-1])(pyramid)
+                h = pyramid = add_skip(pyramid, h, self.skip_rescale)
+            skips.append(h)
+        return skips
+
+    def _decode(self, h: Image, skips: list[Array], channels: int, temb: Any, train: bool) -> Array:
+        """The way up, to an output with `channels` channels."""
+        resnet, attention = self._parts()
+        pyramid = None
+        for level, multiplier in reversed(list(enumerate(self.ch_mult))):
+            for _ in range(self.num_res_blocks + 1):
+                h = resnet(features=self.nf * multiplier)(jnp.concatenate([h, skips.pop()], axis=-1), temb, train)
+            if h.shape[1] in self.attn_resolutions:
+                h = attention()(h)
+
+            if self.progressive == "output_skip":
+                if pyramid is not None:
+                    pyramid = self._resampler(Upsample, with_conv=False)(pyramid)
+                output = self._head(h, channels, self.init_scale)
+                pyramid = output if pyramid is None else pyramid + output
+            elif self.progressive == "residual" and pyramid is None:
+                pyramid = self._head(h, h.shape[-1], init_scale=1.0)
+            elif self.progressive == "residual":
+                pyramid = self._resampler(Upsample, True, h.shape[-1])(pyramid)
+                h = pyramid = add_skip(pyramid, h, self.skip_rescale)
+
+            if level != 0 and self.resblock_type == "biggan":
+                h = resnet(up=True)(h, temb, train)
+            elif level != 0:
+                h = self._resampler(Upsample, self.resamp_with_conv)(h)
+        return pyramid if self.progressive == "output_skip" else self._head(h, channels, self.init_scale)
+
+    def _head(self, h: Image, features: int, init_scale: float) -> Array:
+        h = get_activation(self.nonlinearity)(group_norm(h.shape[-1])(h))
+        return conv(features, self.conv_size, init_scale=init_scale)(h)

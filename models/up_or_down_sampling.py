@@ -1,0 +1,125 @@
+"""Resampling of images [B, H, W, C] by FIR filters, alone or together with a convolution (StyleGAN2, arXiv 1912.04958).
+
+All filters are separable and given by their taps along one axis; they are normalised to sum to one. Each axis is
+filtered by a sum of shifted slices: XLA fuses it, it is exact in float32 on every device, and its derivatives of any
+order are of the same kind. A depthwise convolution is up to a hundred times slower on the CPU.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Image = Float[Array, "B H W C"]
+Resampled = Float[Array, "B H2 W2 C2"]
+Taps = Sequence[float | int]
+
+
+def _filter_axis(x: Image, taps: Taps, axis: int, up: int, down: int, pad: tuple[int, int]) -> Resampled:
+    """Along `axis`: put up - 1 zeros after each pixel, pad (crop where negative), convolve, keep every down-th."""
+    padding = [(0, 0, 0)] * x.ndim
+    padding[axis] = (pad[0], pad[1] + up - 1, up - 1)
+    x = lax.pad(x, jnp.zeros((), x.dtype), padding)
+    length = x.shape[axis] - len(taps) + 1
+    # a convolution, not a correlation: the last tap meets the first pixel
+    return sum(tap * lax.slice_in_dim(x, i, i + length, down, axis) for i, tap in enumerate(reversed(taps)))
+
+
+def upfirdn_2d(
+    x: Image, taps: Taps, up: int, down: int, pad_h: tuple[int, int], pad_w: tuple[int, int]
+) -> Resampled:
+    """Upsample by zeros, pad, filter by the outer product of `taps` with itself as it stands, and decimate."""
+    return _filter_axis(_filter_axis(x, taps, 1, up, down, pad_h), taps, 2, up, down, pad_w)
+
+
+def _normalised(taps: Taps | None, factor: int, axis_gain: float | int) -> tuple[float, ...]:
+    taps = (1.0,) * factor if taps is None else tuple(taps)
+    return tuple(axis_gain * tap / sum(taps) for tap in taps)
+
+
+def upsample_2d(x: Image, taps: Taps | None = None, factor: int = 2, gain: float | int = 1) -> Resampled:
+    """FIR upsampling to [B, factor H, factor W, C]; a constant image is multiplied by `gain` inside. None: nearest."""
+    taps = _normalised(taps, factor, factor * gain**0.5)
+    excess = len(taps) - factor
+    pad = ((excess + 1) // 2 + factor - 1, excess // 2)
+    return upfirdn_2d(x, taps, factor, 1, pad, pad)
+
+
+def downsample_2d(x: Image, taps: Taps | None = None, factor: int = 2, gain: float | int = 1) -> Resampled:
+    """FIR downsampling to [B, H / factor, W / factor, C], a constant image is multiplied by `gain`. None: mean."""
+    taps = _normalised(taps, factor, gain**0.5)
+    excess = len(taps) - factor
+    pad = ((excess + 1) // 2, excess // 2)
+    return upfirdn_2d(x, taps, 1, factor, pad, pad)
+
+
+def naive_upsample_2d(x: Image, factor: int = 2) -> Resampled:
+    """Nearest neighbour: [B, H, W, C] to [B, factor H, factor W, C]."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, factor, width, factor, channels))
+    return x.reshape(batch, height * factor, width * factor, channels)
+
+
+def naive_downsample_2d(x: Image, factor: int = 2) -> Resampled:
+    """Mean over factor x factor blocks: [B, H, W, C] to [B, H / factor, W / factor, C]."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // factor, factor, width // factor, factor, channels).mean(axis=(2, 4))
+
+
+def _conv(x: Image, weight: Float[Array, "k k C O"], stride=1, dilation=1, padding="VALID") -> Resampled:
+    return lax.conv_general_dilated(
+        x,
+        weight,
+        (stride, stride),
+        padding,
+        lhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def upsample_conv_2d(
+    x: Image, weight: Float[Array, "k k C O"], taps: Taps | None = None, factor: int = 2
+) -> Resampled:
+    """Transposed convolution of stride `factor`, then the upsampling filter: [B, factor H, factor W, O]."""
+    taps = _normalised(taps, factor, factor)
+    size = weight.shape[0]
+    edge = (size - 1, max(size, factor) - 1)
+    x = _conv(x, weight, dilation=factor, padding=(edge, edge))
+    excess = len(taps) - factor - (size - 1)
+    pad = ((excess + 1) // 2 + factor - 1, excess // 2 + 1)
+    return upfirdn_2d(x, taps, 1, 1, pad, pad)
+
+
+def conv_downsample_2d(
+    x: Image, weight: Float[Array, "k k C O"], taps: Taps | None = None, factor: int = 2
+) -> Resampled:
+    """The downsampling filter, then a convolution of stride `factor`: [B, H / factor, W / factor, O]."""
+    taps = _normalised(taps, factor, 1)
+    excess = len(taps) - factor + weight.shape[0] - 1
+    pad = ((excess + 1) // 2, excess // 2)
+    return _conv(upfirdn_2d(x, taps, 1, 1, pad, pad), weight, stride=factor)
+
+
+class Conv2d(nn.Module):
+    """Convolution with bias, doubling (`up`) or halving (`down`) the image by a FIR filter on the way."""
+
+    features: int
+    kernel_init: Callable
+    size: int = 3
+    up: bool = False
+    down: bool = False
+    taps: Taps = (1, 3, 3, 1)
+
+    @nn.compact
+    def __call__(self, x: Image) -> Resampled:
+        weight = self.param("weight", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+        if self.up:
+            x = upsample_conv_2d(x, weight, self.taps)
+        elif self.down:
+            x = conv_downsample_2d(x, weight, self.taps)
+        else:
+            x = _conv(x, weight, padding="SAME")
+        return x + self.param("bias", jax.nn.initializers.zeros, (self.features,))

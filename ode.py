@@ -1,0 +1,217 @@
+"""Adaptive Runge-Kutta 4(5) on the device, one step size per example.
+
+Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae". Starting step and step control: Hairer, Norsett &
+Wanner, "Solving Ordinary Differential Equations I", sec. II.4, with the constants and so the steps of
+`scipy.integrate.RK45`. No dense output, no events, no gradient through the solver.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from errors import UserError
+
+SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 10.0
+SUCCESS, STEP_LIMIT, BREAKDOWN = 0, 1, 2
+
+# Stages 2 to 7 of the tableau. The last row is b as well: stage 7 is the next step's stage 1 (FSAL).
+NODES = np.array([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])
+STAGES = np.array(
+    [
+        [1 / 5, 0, 0, 0, 0, 0, 0],
+        [3 / 40, 9 / 40, 0, 0, 0, 0, 0],
+        [44 / 45, -56 / 15, 32 / 9, 0, 0, 0, 0],
+        [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729, 0, 0, 0],
+        [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656, 0, 0],
+        [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0],
+    ]
+)
+ERROR = np.array([-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40])
+
+Flow = Callable[[Float[Array, "B"], Float[Array, "B n"]], Float[Array, "B n"]]
+
+
+class SolverError(UserError):
+    """The ODE of some example could not be solved within the limits."""
+
+
+class Stats(NamedTuple):
+    """Per example: evaluations of the right-hand side, steps taken, steps tried in vain, and how it ended.
+
+    status: 0 reached t1; 1 the step limit came first; 2 a state that is not finite, or a step below the spacing of t.
+    """
+
+    nfe: Int[Array, "B"]
+    accepted: Int[Array, "B"]
+    rejected: Int[Array, "B"]
+    status: Int[Array, "B"]
+
+
+class _Loop(NamedTuple):
+    t: Array  # [B]
+    y: Array  # [B, n]
+    f: Array  # [B, n], fun(t, y)
+    h: Array  # [B], size of the next step, positive
+    retry: Array  # [B], the last trial was rejected
+    accepted: Array
+    rejected: Array
+    status: Array
+
+
+def rk45(
+    fun: Callable[[Float[Array, "B"], Any], Any],
+    y0: Any,
+    t0: ArrayLike,
+    t1: ArrayLike,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 20_000,
+) -> tuple[Any, Stats]:
+    """Solves dy/dt = fun(t, y), y(t0) = y0, up to t1 for a batch of independent examples.
+
+    An example has its own t, h and acceptance: neighbours do not touch its result, and the slowest ends the loop.
+
+    Args:
+        fun: (t [B], y) -> dy/dt with the structure of y. Row i may depend on t[i] and row i of y only.
+        y0: a pytree of float arrays, each [B, ...].
+        t0, t1: scalars or [B]; t1 may lie before t0.
+        rtol, atol: of the error of one step, see `_trial`.
+        max_steps: limit on accepted + rejected steps of one example.
+
+    Returns:
+        y(t1) in the structure of y0, and Stats with nfe = 2 + 6 (accepted + rejected). A failed example (status not 0)
+        is NaN throughout, so that it cannot be taken for a result. Nothing is raised here: see `raise_on_failure`.
+    """
+    unravel = jax.vmap(ravel_pytree(jax.tree.map(lambda leaf: leaf[0], y0))[1])
+    y = jax.vmap(_ravel)(y0)  # [B, n]
+    t, t1 = (jnp.broadcast_to(jnp.asarray(time, y.dtype), y.shape[:1]) for time in (t0, t1))
+
+    def flow(t, y):
+        return jax.vmap(_ravel)(fun(t, unravel(y)))
+
+    def running(loop):
+        return (loop.status == SUCCESS) & (loop.t != t1) & (loop.accepted + loop.rejected < max_steps)
+
+    f, h = _starting_step(flow, t, y, t1, rtol, atol)
+    zero = jnp.zeros(t.shape, jnp.int32)
+    status = jnp.where(_finite(y) & _finite(f), zero, BREAKDOWN)
+    start = _Loop(t, y, f, h, retry=zero > 0, accepted=zero, rejected=zero, status=status)
+    end = jax.lax.while_loop(
+        lambda loop: jnp.any(running(loop)), lambda loop: _trial(flow, loop, running(loop), t1, rtol, atol), start
+    )
+    status = jnp.where((end.status == SUCCESS) & (end.t != t1), STEP_LIMIT, end.status)
+    y1 = jnp.where((status == SUCCESS)[:, None], end.y, jnp.nan)
+    return unravel(y1), Stats(2 + 6 * (end.accepted + end.rejected), end.accepted, end.rejected, status)
+
+
+def _trial(flow, loop, running, t1, rtol, atol):
+    """One trial step of every running example; the others stay as they are.
+
+    norm = root mean square over the example's state of error / (atol + rtol max(|y|, |y_new|)); accepted if below 1.
+    The next h is h times 0.9 norm^(-1/5), that factor held within [0.2, 10], and to 1 right after a rejection.
+    """
+    t, y, direction = loop.t, loop.y, jnp.sign(t1 - loop.t)
+    min_step = 10 * jnp.abs(jnp.nextafter(t, direction * jnp.inf) - t) + jnp.finfo(t.dtype).tiny
+    h = jnp.where(loop.retry, loop.h, jnp.maximum(loop.h, min_step))
+    broken = running & (h < min_step)
+    active = running & ~broken
+    t_new = t + direction * h
+    t_new = jnp.where(direction * (t_new - t1) > 0, t1, t_new)
+    step = jnp.where(active, t_new - t, 0)
+
+    y_new, f_new, error = dormand_prince_step(flow, t, y, loop.f, step)
+    norm = _rms(error / (atol + rtol * jnp.maximum(jnp.abs(y), jnp.abs(y_new))))
+    # An overflowed state has an infinite scale, which would pass any error.
+    norm = jnp.where(_finite(y_new) & jnp.isfinite(norm), norm, jnp.inf)
+    factor = jnp.clip(SAFETY * norm ** (-1 / 5), MIN_FACTOR, MAX_FACTOR)
+    factor = jnp.where(loop.retry, jnp.minimum(factor, 1), factor)
+    accept, reject = active & (norm < 1), active & (norm >= 1)
+    return _Loop(
+        t=jnp.where(accept, t_new, t),
+        y=jnp.where(accept[:, None], y_new, y),
+        f=jnp.where(accept[:, None], f_new, loop.f),
+        h=jnp.where(active, jnp.abs(step) * factor, h),
+        retry=reject,
+        accepted=loop.accepted + accept,
+        rejected=loop.rejected + reject,
+        status=jnp.where(broken, BREAKDOWN, loop.status),
+    )
+
+
+def dormand_prince_step(
+    fun: Flow, t: Float[Array, "B"], y: Float[Array, "B n"], f: Float[Array, "B n"], h: Float[Array, "B"]
+) -> tuple[Float[Array, "B n"], Float[Array, "B n"], Float[Array, "B n"]]:
+    """One step of signed size h from (t, y) with f = fun(t, y): (y_new, fun(t + h, y_new), error estimate of y_new)."""
+    h_column = h[:, None]
+    nodes, stages, error = (jnp.asarray(table, y.dtype) for table in (NODES, STAGES, ERROR))
+
+    def combine(weights, k):
+        # Not a matrix product: accelerators round those to fewer bits.
+        return h_column * jnp.sum(weights[:, None, None] * k, axis=0)
+
+    def stage(i, k):
+        return k.at[i + 1].set(fun(t + nodes[i] * h, y + combine(stages[i], k)))
+
+    k = jnp.zeros((7, *y.shape), y.dtype).at[0].set(f)
+    k = jax.lax.fori_loop(0, 6, stage, k)  # a loop, so that a large network is compiled once and not six times
+    return y + combine(stages[5], k), k[6], combine(error, k)
+
+
+def raise_on_failure(stats: Stats) -> None:
+    """Raises SolverError, on the host, if any example failed: how many, the first one's index, why, and what to do."""
+    status = np.asarray(stats.status).reshape(-1)
+    failed = np.flatnonzero(status)
+    if not failed.size:
+        return
+    first = failed[0]
+    trials = (np.asarray(stats.accepted) + np.asarray(stats.rejected)).reshape(-1)[first]
+    reason, remedy = {
+        STEP_LIMIT: (f"the limit of {trials} steps was reached", "raise max_steps or loosen rtol and atol"),
+        BREAKDOWN: (
+            f"the state was not finite or the step size vanished after {trials} steps",
+            "check the inputs and parameters for NaN, or loosen rtol and atol",
+        ),
+    }[int(status[first])]
+    count = f"{failed.size} of {status.size} examples, first at index {first}"
+    raise SolverError(f"the ODE solver failed on {count}: {reason}; {remedy}")
+
+
+def _starting_step(fun, t, y, t1, rtol, atol):
+    """fun(t, y) [B, n] and a first step size [B] from two evaluations (Hairer et al., sec. II.4)."""
+    span, direction = jnp.abs(t1 - t), jnp.sign(t1 - t)
+    scale = atol + rtol * jnp.abs(y)
+
+    def euler_then_guess(carry, _):
+        f, h = carry
+        f = fun(t + direction * h, y + (direction * h)[:, None] * f)
+        d0, d1 = _rms(y / scale), _rms(f / scale)
+        h = jnp.minimum(jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1), span)
+        return (f, h), (f, h)
+
+    # The first pass is an empty Euler step, for f0 and h0; the second gives f1. One loop, so one compiled copy of fun.
+    _, (f, h) = jax.lax.scan(euler_then_guess, (jnp.zeros_like(y), jnp.zeros_like(t)), length=2)
+    (f0, f1), h0 = f, h[0]
+    d1, d2 = _rms(f0 / scale), _rms((f1 - f0) / scale) / h0
+    slope = jnp.maximum(d1, d2)
+    h1 = jnp.where(slope <= 1e-15, jnp.maximum(1e-6, 1e-3 * h0), (0.01 / slope) ** (1 / 5))
+    h = jnp.minimum(jnp.minimum(100 * h0, h1), span)
+    return f0, jnp.where(jnp.isfinite(h), h, h0)
+
+
+def _ravel(tree):
+    return ravel_pytree(tree)[0]
+
+
+def _rms(x):
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=-1))
+
+
+def _finite(x):
+    return jnp.all(jnp.isfinite(x), axis=-1)

@@ -1,0 +1,101 @@
+"""The main job in minutes on embedded data: `make quickstart`.
+
+Trains the 1-D mixture of Gaussians at orders 1, 2 and 3 (same steps, same seed), evaluates each exactly, trains the 8x8
+digits briefly and evaluates their test bits/dim. Every step is a `main.py` command, printed as it starts; two run at a
+time. Finished steps are not repeated when it is started again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import report
+from errors import UserError
+
+MOG = "configs/toy/mog_ve.py"
+DIGITS = "configs/digits/ve_ncsnpp.py"
+
+
+def command(config: str, workdir: Path, mode: str, *overrides: str) -> None:
+    """Runs `main.py`, its output in a file beside the workdir; UserError with the last line if it fails."""
+    arguments = ["main.py", f"--config={config}", f"--workdir={workdir}", f"--mode={mode}", *overrides]
+    print("python " + " ".join(arguments), flush=True)
+    log = workdir.with_suffix(f".{mode}.log")
+    with log.open("w") as file:
+        code = subprocess.run([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"the command ended with exit code {code} ({last}); see {log}")
+
+
+def train_and_evaluate(config: str, workdir: Path, *overrides: str) -> dict:
+    """The result of evaluating a run's last checkpoint, from disk if it is there."""
+    if not list((workdir / "eval").glob("report_*.json")):
+        command(config, workdir, "train", *overrides)
+        command(config, workdir, "eval", *overrides)
+    results = [json.loads(path.read_text()) for path in (workdir / "eval").glob("report_*.json")]
+    return max(results, key=lambda result: result["step"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--mog_steps", type=int, default=20_000, help="training steps of each order")
+    parser.add_argument("--digits_steps", type=int, default=1_500)
+    args = parser.parse_args()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    runs = {f"mixture, order {order}": args.workdir / f"mog_order{order}" for order in (1, 2, 3)}
+    digits = args.workdir / "digits"
+    with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 1 else 1) as pool:
+        # longest first, so that the two columns end together
+        jobs = {"digits": pool.submit(train_and_evaluate, DIGITS, digits, f"--config.training.n_iters={args.digits_steps}")}
+        for order in (3, 2, 1):
+            overrides = (
+                f"--config.training.score_matching_order={order}",
+                f"--config.training.n_iters={args.mog_steps}",
+                f"--config.training.snapshot_freq={args.mog_steps}",
+            )
+            jobs[order] = pool.submit(train_and_evaluate, MOG, args.workdir / f"mog_order{order}", *overrides)
+        results = {name: job.result() for name, job in jobs.items()}
+
+    summary = {f"mog_order{order}_nll": results[order]["exact_nll"] for order in (1, 2, 3)}
+    summary["mog_true_entropy"] = results[1]["true_entropy"]
+    summary["digits_bpd"] = results["digits"]["bpd"]["mean"]
+    summary["digits_bpd_stderr"] = results["digits"]["bpd"]["stderr"]
+    summary["digits_gaussian_bpd"] = results["digits"]["gaussian_bpd"]
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    (args.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    rows = [
+        {
+            "run": f"1-D mixture, VE, order {order}",
+            "NLL or bpd": f"{results[order]['exact_nll']:.4f} nats",
+            "reference": f"{results[order]['true_entropy']:.4f} nats (entropy of the data)",
+            "difference": f"{results[order]['kl']:.4f} nats = KL(data || model)",
+        }
+        for order in (1, 2, 3)
+    ]
+    rows.append(
+        {
+            "run": "8x8 digits, VE, order 1",
+            "NLL or bpd": f"{summary['digits_bpd']:.3f} ± {summary['digits_bpd_stderr']:.3f} bits/dim",
+            "reference": f"{summary['digits_gaussian_bpd']:.3f} bits/dim (Gaussian fitted to the training images)",
+            "difference": f"{summary['digits_bpd'] - summary['digits_gaussian_bpd']:.3f} bits/dim",
+        }
+    )
+    page = report.write_summary(args.workdir / "report.html", "Quickstart", {**runs, "8x8 digits": digits}, rows)
+    print(json.dumps(summary, indent=1))
+    print(f"numbers: {args.workdir / 'summary.json'}\npictures: {page}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,236 @@
+"""likelihood against closed forms: Gaussian data, whose score, flow map and density are known for every process."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from errors import UserError
+from likelihood import (
+    bits_per_dim,
+    bound_offset,
+    likelihood_bound,
+    ode_log_likelihood,
+    probe,
+    score_and_divergence,
+)
+from sde_lib import VESDE, VPSDE, subVPSDE
+
+EPS = 1e-5
+SDES = {
+    "vp": VPSDE(beta_min=0.1, beta_max=20.0),
+    "subvp": subVPSDE(beta_min=0.1, beta_max=20.0),
+    "ve": VESDE(sigma_min=0.01, sigma_max=50.0),
+    "linearve": VESDE(sigma_min=0.01, sigma_max=50.0, linear=True),
+}
+MU = np.array([0.3, -0.5, 0.1])
+STD = np.array([0.4, 0.8, 1.5])
+
+
+def alpha_and_sigma(name, t):
+    """Written out in float64 from the definitions of the four processes."""
+    log_alpha = 0.0 if "ve" in name else -(t**2) * 19.9 / 4 - t * 0.1 / 2
+    sigma = {
+        "vp": np.sqrt(-np.expm1(2 * log_alpha)),
+        "subvp": -np.expm1(2 * log_alpha),
+        "ve": 0.01 * 5000.0**t,
+        "linearve": 50.0 * t,
+    }[name]
+    return np.exp(log_alpha), sigma
+
+
+def normal_logp(x, mean, std):
+    return np.sum(-0.5 * ((x - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi), axis=-1)
+
+
+def gaussian_score(sde):
+    """The score of N(MU, diag STD^2) diffused to t."""
+
+    def score_fn(x, t):
+        alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+        return -(x - alpha * MU) / (jnp.square(alpha * STD) + jnp.square(sigma))
+
+    return score_fn
+
+
+def marginal(name, t):
+    alpha, sigma = alpha_and_sigma(name, t)
+    return alpha * MU, np.sqrt((alpha * STD) ** 2 + sigma**2)
+
+
+def flow_truth(name, x):
+    """Latent and log density under the flow: (x_t - mean_t) / std_t is constant along it, so the map is affine."""
+    (mean0, std0), (mean1, std1) = marginal(name, EPS), marginal(name, 1.0)
+    z = mean1 + std1 * (x - mean0) / std0
+    prior_std = 50.0 if "ve" in name else 1.0
+    logp = normal_logp(z, 0, np.full(3, prior_std)) + np.sum(np.log(std1 / std0))
+    return z, logp.astype(np.float64)
+
+
+def data(n):
+    return np.random.default_rng(0).normal(size=(n, 3)) * STD + MU
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_ode_likelihood_of_a_gaussian(name):
+    sde, x = SDES[name], data(5)
+    score_fn = gaussian_score(sde)
+    # J is diagonal, so one Rademacher probe is exact too.
+    v = probe(jax.random.key(0), (5, 3), "rademacher")
+    logp, z, nfe = jax.jit(lambda x: ode_log_likelihood(sde, score_fn, x, v))(jnp.asarray(x, jnp.float32))
+    z_truth, truth = flow_truth(name, x)
+    np.testing.assert_allclose(logp, truth, atol=3e-4)  # 1e-4 nats per dimension
+    np.testing.assert_allclose(z, z_truth, rtol=1e-4, atol=1e-4 * z_truth.std())
+    assert nfe.shape == (5,) and nfe.min() > 20
+    if name == "vp":  # the prior fits its marginal at T, so the flow's density is the data's
+        np.testing.assert_allclose(logp, normal_logp(x, *marginal(name, EPS)), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_ode_likelihood_converges_to_the_truth(name):
+    with jax.enable_x64(True):
+        sde, x = SDES[name], data(2)
+        logp, z, _ = ode_log_likelihood(sde, gaussian_score(sde), jnp.asarray(x), None, rtol=1e-9, atol=1e-9)
+        z_truth, truth = flow_truth(name, x)
+        np.testing.assert_allclose(logp, truth, atol=1e-7)
+        np.testing.assert_allclose(z, z_truth, rtol=1e-6)
+
+
+def curved_score(x, t):
+    """Not a gradient field, with a full Jacobian, so that a probe is a true estimate."""
+    matrix = jnp.array([[-1.0, 0.7, 0.2], [0.5, -1.5, -0.6], [-0.9, 0.4, -0.8]])
+    return (jnp.tanh(x) @ matrix + jnp.sin(x) * jnp.tanh(jnp.roll(x, 1, axis=-1))) * (1 + t[:, None])
+
+
+def test_divergence_against_the_full_jacobian():
+    x, t, v = jnp.asarray(data(4), jnp.float32), jnp.linspace(0.1, 1, 4), jax.random.normal(jax.random.key(0), (4, 3))
+    jacobian = jnp.stack([jax.jacrev(lambda y, i=i: curved_score(y[None], t[i : i + 1])[0])(x[i]) for i in range(4)])
+    score, exact = score_and_divergence(curved_score, x, t, None)
+    np.testing.assert_allclose(score, curved_score(x, t), rtol=1e-6)
+    np.testing.assert_allclose(exact, np.trace(jacobian, axis1=1, axis2=2), rtol=1e-5)
+    score, estimate = score_and_divergence(curved_score, x, t, v)
+    np.testing.assert_allclose(score, curved_score(x, t), rtol=1e-6)
+    np.testing.assert_allclose(estimate, np.einsum("bi,bij,bj->b", v, jacobian, v), rtol=1e-5)
+
+
+def test_exact_trace_of_images():
+    x, t = jax.random.normal(jax.random.key(0), (2, 2, 2, 1)), jnp.array([0.2, 0.7])
+    _, divergence = score_and_divergence(lambda x, t: x**3 + jnp.sum(x, axis=(1, 2, 3), keepdims=True), x, t, None)
+    np.testing.assert_allclose(divergence, 3 * jnp.sum(x**2, axis=(1, 2, 3)) + 4, rtol=1e-6)
+
+
+def test_mean_over_all_probes_is_exact():
+    sde, x = SDES["vp"], jnp.asarray(data(1), jnp.float32)
+    signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+    solve = jax.jit(lambda x, v: ode_log_likelihood(sde, curved_score, x, v)[0])
+    estimates, exact = solve(jnp.tile(x, (8, 1)), signs), solve(x, None)
+    assert estimates.std() > 0.1
+    assert float(estimates.mean()) == pytest.approx(float(exact[0]), abs=1e-3)
+
+
+def test_failed_example_is_nan_and_the_others_are_not():
+    sde, x = SDES["vp"], jnp.asarray(data(3), jnp.float32).at[1].set(jnp.nan)
+    logp, z, _ = ode_log_likelihood(sde, gaussian_score(sde), x, None)
+    assert np.isnan(logp).tolist() == [False, True, False] and np.isnan(z[1]).all() and np.isfinite(z[::2]).all()
+    logp, _, nfe = ode_log_likelihood(sde, gaussian_score(sde), x, None, max_steps=3)
+    assert np.isnan(logp).all() and nfe[0] == 20
+
+
+def test_probes():
+    v = probe(jax.random.key(0), (1000, 3), "Rademacher")
+    assert set(np.unique(v).tolist()) == {-1.0, 1.0} and abs(float(v.mean())) < 0.06
+    v = probe(jax.random.key(0), (1000, 3), "gaussian")
+    assert abs(float(v.var()) - 1) < 0.1
+    assert probe(jax.random.key(0), (1000, 3), "exact") is None
+    with pytest.raises(UserError, match="eval.hutchinson_type='cauchy'"):
+        probe(jax.random.key(0), (1000, 3), "cauchy")
+
+
+def test_uniform_data_cost_eight_bits():
+    dim = 12
+    unit, centred = jnp.zeros(2), jnp.full(2, -dim * np.log(2.0))  # log density on [0, 1]^D and on [-1, 1]^D
+    np.testing.assert_allclose(bits_per_dim(unit, dim, lambda x: x), 8, rtol=1e-6)
+    np.testing.assert_allclose(bits_per_dim(centred, dim, lambda x: (x + 1) / 2), 8, rtol=1e-6)
+    np.testing.assert_allclose(bits_per_dim(unit, dim, lambda x: (x + 1) / 2), 7, rtol=1e-6)
+
+
+def mean_and_error(sde, score_fn, x, **options):
+    """Mean and standard error of independent estimates of the bound at one point x [3]."""
+    batch = jnp.tile(jnp.asarray(x, jnp.float32), (10_000, 1))
+
+    @jax.jit
+    def estimate(key):
+        return likelihood_bound(sde, score_fn, batch, key, eps=EPS, num_time_samples=50, **options)
+
+    bound = np.asarray(estimate(jax.random.key(1)), np.float64)
+    return bound.mean(), bound.std() / np.sqrt(len(bound))
+
+
+@pytest.mark.parametrize(
+    ("name", "denoising", "importance_weighting"),
+    [
+        *((name, True, True) for name in SDES),
+        ("vp", True, False),
+        ("vp", False, True),
+        ("subvp", False, False),
+        ("ve", False, False),
+        ("linearve", True, False),
+    ],
+)
+def test_bound_is_tight_at_the_exact_score(name, denoising, importance_weighting):
+    """At the exact score the bound is log p(x) + E[log prior(x_T) - log p_T(x_T) | x]: all it loses is the prior's misfit."""
+    sde, x = SDES[name], np.array([0.5, 0.4, -1.0])
+    options = {"denoising": denoising, "importance_weighting": importance_weighting}
+    mean, error = mean_and_error(sde, gaussian_score(sde), x, **options)
+    assert error < 0.04
+    assert mean == pytest.approx(bound_truth(name, x), abs=4 * error)
+    if (name, denoising, importance_weighting) == ("vp", True, True):  # no misfit: the ODE's density is the same
+        logp, _, _ = ode_log_likelihood(sde, gaussian_score(sde), jnp.asarray(x[None], jnp.float32), None)
+        assert mean == pytest.approx(float(logp[0]), abs=4 * error)
+
+
+def bound_truth(name, x):
+    alpha, sigma = alpha_and_sigma(name, 1.0)
+    noise = np.random.default_rng(0).normal(size=(4000, 3))
+    noise = np.concatenate([noise, -noise])
+    x_T = alpha * x + sigma * noise
+    prior_std = 50.0 if "ve" in name else 1.0
+    misfit = normal_logp(x_T, 0, np.full(3, prior_std)) - normal_logp(x_T, *marginal(name, 1.0))
+    return normal_logp(x, MU, STD) + misfit.mean()
+
+
+def test_bound_of_a_wrong_score():
+    """With the exact score s* plus a constant c, the bound falls by the integral of g^2 / 2 (D c^2 + 2 c E[sum s* | x])."""
+    sde, x, c = SDES["vp"], np.array([0.5, 0.4, -1.0]), 0.3
+    score_fn = gaussian_score(sde)
+    times = np.linspace(EPS, 1, 20_001)
+    mean_score = [np.sum(-alpha_and_sigma("vp", t)[0] * (x - MU) / marginal("vp", t)[1] ** 2) for t in times]
+    fall = np.trapezoid(0.5 * (0.1 + 19.9 * times) * (3 * c**2 + 2 * c * np.array(mean_score)), times)
+    wrong, error = mean_and_error(sde, lambda x, t: score_fn(x, t) + c, x)
+    assert fall > 10 * error
+    assert wrong == pytest.approx(bound_truth("vp", x) - fall, abs=4 * error)
+
+
+def test_bound_without_offset_differs_by_the_offset():
+    sde, x = SDES["vp"], jnp.asarray(data(4), jnp.float32)
+    score_fn, key = gaussian_score(sde), jax.random.key(3)
+    with_offset = likelihood_bound(sde, score_fn, x, key, num_time_samples=2)
+    without = likelihood_bound(sde, score_fn, x, key, num_time_samples=2, offset=False)
+    noise = jax.random.normal(jax.random.split(key, 3)[2], x.shape)
+    np.testing.assert_allclose(without - with_offset, bound_offset(sde, score_fn, x, noise, EPS), atol=1e-4)
+
+
+def test_offset_is_decoder_against_entropy():
+    """The definition, in float64: -log N(x; (x_eps + sigma^2 s) / alpha, sigma^2 / alpha^2) - entropy of x_eps given x."""
+    with jax.enable_x64(True):
+        sde, x, eps = SDES["subvp"], data(4), 0.3
+        score_fn, noise = gaussian_score(sde), np.random.default_rng(1).normal(size=(4, 3))
+        alpha, sigma = alpha_and_sigma("subvp", eps)
+        x_eps = alpha * x + sigma * noise
+        score = np.asarray(score_fn(jnp.asarray(x_eps), jnp.full(4, eps)))
+        decoder = normal_logp(x, (x_eps + sigma**2 * score) / alpha, np.full(3, sigma / alpha))
+        entropy = 1.5 * np.log(2 * np.pi * np.e * sigma**2)
+        offset = bound_offset(sde, score_fn, jnp.asarray(x), jnp.asarray(noise), eps)
+        np.testing.assert_allclose(offset, -decoder - entropy, rtol=1e-6)

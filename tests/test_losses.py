@@ -1,0 +1,380 @@
+"""The losses against truth: exact scores, explicit derivative tensors, closed forms over all probes, finite differences.
+
+The three tests of the design are all needed: the point mass sees a term that does not vanish, the mixture a wrong
+constant, the explicit tensors a wrong cross term whose mean is zero.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+import losses
+import sde_lib
+from configs.default_configs import get_default_configs
+from errors import UserError
+
+SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.subVPSDE(), "ve": sde_lib.VESDE()}
+all_sdes = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
+all_orders = pytest.mark.parametrize("order", [1, 2, 3])
+both_forms = pytest.mark.parametrize("exact", [False, True], ids=["probe", "exact"])
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draws(batch, shape, seed=0):
+    rng = np.random.default_rng(seed)
+    t = jnp.asarray(rng.uniform(0.05, 1.0, batch))
+    z = jnp.asarray(rng.normal(size=(batch, *shape)))
+    v = jnp.asarray(rng.choice([-1.0, 1.0], size=(batch, *shape)))
+    return t, z, v
+
+
+@all_sdes
+@all_orders
+@both_forms
+def test_point_mass_has_no_loss_under_its_exact_score(sde, order, exact):
+    point = jnp.asarray([0.3, -1.2, 0.7])
+
+    def score(x, t):
+        mean, std = sde.marginal_prob(jnp.broadcast_to(point, x.shape), t)
+        return sde_lib.batch_mul(-1 / std**2, x - mean)
+
+    t, z, v = draws(16, (3,))
+    terms = losses.dsm_losses(sde, score, jnp.broadcast_to(point, z.shape), t, z, v, order, exact)
+    for term in terms:
+        np.testing.assert_allclose(term, 0, atol=1e-16)
+
+
+# An asymmetric mixture in the plane: weights, means, standard deviations
+WEIGHTS, MEANS, STDS = np.array([0.25, 0.75]), np.array([[1.0, -0.4], [-0.6, 0.9]]), np.array([0.6, 0.9])
+
+
+def mixture_score(sde):
+    def log_density(x, t):
+        var = sde.alpha(t) ** 2 * STDS**2 + sde.sigma(t) ** 2
+        dist_sq = jnp.sum((x - sde.alpha(t) * MEANS) ** 2, axis=-1)
+        return jax.scipy.special.logsumexp(jnp.log(WEIGHTS) - jnp.log(var) - 0.5 * dist_sq / var)
+
+    return jax.vmap(jax.grad(log_density))
+
+
+def hermite_grid(n):
+    """Nodes [n^2, 2] and weights of Gauss-Hermite quadrature for N(0, I) in the plane."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    weights = weights / weights.sum()
+    grid = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), axis=-1).reshape(-1, 2)
+    return grid, np.outer(weights, weights).reshape(-1)
+
+
+def mixture_quadrature(alpha, sigma):
+    """x0, z [M, 2] and weights [M] with which sums are expectations.
+
+    For one component, x_t is Gaussian (many nodes) and so is z given x_t, where the gradient of the losses is a
+    polynomial of degree 3 (4 nodes are exact).
+    """
+    (p, p_weight), (q, q_weight) = hermite_grid(56), hermite_grid(4)
+    p, q = np.repeat(p, len(q), axis=0), np.tile(q, (len(p), 1))
+    weight = np.outer(p_weight, q_weight).reshape(-1)
+    rows = []
+    for mean, std in zip(MEANS, STDS, strict=True):
+        total = np.hypot(alpha * std, sigma)
+        z = sigma / total * p + alpha * std / total * q
+        rows.append(((alpha * mean + total * p - sigma * z) / alpha, z))
+    x0, z = map(np.concatenate, zip(*rows, strict=True))
+    return x0, z, np.concatenate([w * weight for w in WEIGHTS])
+
+
+@all_sdes
+@both_forms
+@pytest.mark.parametrize("time", [0.3, 0.5])
+def test_exact_score_of_a_mixture_is_stationary(sde, exact, time):
+    """d E[loss] / d theta = 0 at the exact score, for each term by itself, for perturbations of several shapes."""
+    alpha, sigma = float(sde.alpha(jnp.float64(time))), float(sde.sigma(jnp.float64(time)))
+    x0, z, weight = map(jnp.asarray, mixture_quadrature(alpha, sigma))
+    t = jnp.full(len(x0), time)
+    true_score = mixture_score(sde)
+    scale = np.hypot(alpha, sigma)
+
+    def expected_terms(theta, v):
+        def score(x, t):
+            u = x / scale
+            bumps = [jnp.sin(u @ jnp.array([[1.0, 0.3], [0.2, -0.8]]) + 0.4), jnp.cos(0.7 * u) * u[:, ::-1]]
+            return true_score(x, t) + sum(a * b for a, b in zip(theta, bumps, strict=True)) / sigma
+
+        terms = losses.dsm_losses(sde, score, x0, t, z, jnp.broadcast_to(v, x0.shape), 3, exact)
+        return jnp.stack([jnp.sum(weight * term) for term in terms])
+
+    jacobian = jax.jit(jax.jacfwd(expected_terms))
+    for v in [[1.0, 1.0], [1.0, -1.0]]:
+        theta = jnp.zeros(2)
+        gradient, away = (np.asarray(jacobian(th, jnp.asarray(v))) for th in (theta, theta + 0.3))
+        live = [0, 2, 3] if exact else [0, 1, 2, 3]
+        np.testing.assert_allclose(gradient, 0, atol=1e-8)
+        assert np.all(np.abs(away[live]).max(axis=1) > 1e-5), "the test must see a perturbed score"
+
+
+def tiny_net(dim, seed=1):
+    """A smooth nonlinear score on R^dim with parameters, and its score function."""
+    rng = np.random.default_rng(seed)
+    params = {"w": jnp.asarray(rng.normal(size=(dim, 5))), "u": jnp.asarray(rng.normal(size=(5, dim)) / 2)}
+
+    def score_one(params, x, t):
+        return jnp.tanh(x @ params["w"] + t) @ params["u"] - 0.3 * x * t
+
+    return params, score_one
+
+
+def explicit_terms(sde, score_one, params, frozen, x0, t, z, v, exact):
+    """All terms of one example from the full Jacobian and third-derivative tensor, with `frozen` under the stop-gradients."""
+    dim = len(x0)
+    t = jnp.asarray(t)
+    alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
+    x = alpha * x0 + sigma * z
+    s = np.asarray(score_one(params, x, t))
+    jac = np.asarray(jax.jacrev(score_one, argnums=1)(params, x, t))  # J[i, j] = ds_i/dx_j
+    second = np.asarray(jax.jacrev(jax.jacrev(score_one, argnums=1), argnums=1)(params, x, t))  # [i, j, k]
+    c = z + sigma * np.asarray(score_one(frozen, x, t))
+    jac_sg = np.asarray(jax.jacrev(score_one, argnums=1)(frozen, x, t))
+    first = np.mean((sigma * s + z) ** 2)
+    if exact:
+        l2 = np.mean((sigma**2 * jac + np.eye(dim) - np.outer(c, c)) ** 2)
+        residual = sigma**3 * np.einsum("iik->k", second) + (c @ c) * c
+        residual = residual - (sigma**2 * np.trace(jac_sg) + dim) * c - 2 * (sigma**2 * jac_sg + np.eye(dim)) @ c
+        return np.array([first, 0.0, l2, np.mean(residual**2)])
+    trace = ((sigma**2 * v @ jac @ v + v @ v - (c @ v) ** 2) / dim) ** 2
+    frobenius = np.sum((sigma**2 * jac @ v + v - (c @ v) * c) ** 2) / dim**2
+    residual = sigma**3 * np.einsum("i,j,ijk->k", v, v, second) + (c @ v) ** 2 * c
+    residual = residual - (sigma**2 * v @ jac_sg @ v + v @ v) * c - 2 * (v @ c) * (sigma**2 * jac_sg @ v + v)
+    return np.array([first, trace, frobenius, np.sum(residual**2) / dim**3])
+
+
+@all_sdes
+@both_forms
+@all_orders
+def test_against_explicit_hessian_and_third_derivative(sde, exact, order):
+    params, score_one = tiny_net(3)
+    score = jax.vmap(lambda x, t: score_one(params, x, t))
+    t, z, v = draws(6, (3,))
+    x0 = 0.7 * z[::-1] + 0.2
+    terms = np.stack(losses.dsm_losses(sde, score, x0, t, z, v, order, exact), axis=-1)
+    args = [np.asarray(a) for a in (x0, t, z, v)]
+    truth = np.stack([explicit_terms(sde, score_one, params, params, *row, exact) for row in zip(*args, strict=True)])
+    truth[:, {1: 1, 2: 3, 3: 4}[order] :] = 0
+    np.testing.assert_allclose(terms, truth, rtol=1e-9, atol=1e-12)
+
+
+def test_images_are_flattened():
+    """[B, H, W, C] gives what [B, H W C] gives."""
+    sde = SDES["vp"]
+    params, score_one = tiny_net(12)
+    flat_score = jax.vmap(lambda x, t: score_one(params, x, t))
+    t, z, v = draws(4, (2, 2, 3))
+    image_terms = losses.dsm_losses(
+        sde, lambda x, t: flat_score(x.reshape(4, 12), t).reshape(x.shape), 0.5 * z, t, z, v, 3
+    )
+    flat = [a.reshape(4, 12) for a in (0.5 * z, z, v)]
+    flat_terms = losses.dsm_losses(sde, flat_score, flat[0], t, flat[1], flat[2], 3)
+    np.testing.assert_allclose(image_terms, flat_terms, rtol=1e-12)
+
+
+@all_sdes
+def test_probe_form_averaged_over_all_probes(sde):
+    """D = 3, all 8 sign vectors. With symmetric part S of A and T the third-order tensor contracted with v v:
+    E (v.Av)^2 = (tr A)^2 + 4 sum_{i<j} S_ij^2, E |Av|^2 = |A|_F^2, and the same for each component of T.
+    """
+    dim = 3
+    params, score_one = tiny_net(dim)
+    score = jax.vmap(lambda x, t: score_one(params, x, t))
+    t, z, _ = draws(1, (dim,))
+    x0 = jnp.ones((1, dim)) * 0.4
+    probes = [jnp.asarray([v]) for v in itertools.product([-1.0, 1.0], repeat=dim)]
+    mean = np.mean([np.stack(losses.dsm_losses(sde, score, x0, t, z, v, 3), -1)[0] for v in probes], axis=0)
+
+    x = np.asarray(sde.alpha(t[0]) * x0[0] + sde.sigma(t[0]) * z[0])
+    sigma, z = float(sde.sigma(t[0])), np.asarray(z[0])
+    c = z + sigma * np.asarray(score_one(params, x, t[0]))
+    jac = np.asarray(jax.jacrev(score_one, argnums=1)(params, x, t[0]))
+    second = np.asarray(jax.jacrev(jax.jacrev(score_one, argnums=1), argnums=1)(params, x, t[0]))
+    eye = np.eye(dim)
+
+    def mean_quadratic_sq(a):
+        sym = (a + a.T) / 2
+        return np.trace(a) ** 2 + 4 * sum(sym[i, j] ** 2 for i in range(dim) for j in range(i))
+
+    a = sigma**2 * jac + eye - np.outer(c, c)
+    tensor = sigma**3 * np.moveaxis(second, -1, 0) + np.einsum("k,i,j->kij", c, c, c)
+    tensor = tensor - np.einsum("k,ij->kij", c, sigma**2 * jac + eye)
+    tensor = tensor - 2 * np.einsum("i,kj->kij", c, sigma**2 * jac + eye)
+    np.testing.assert_allclose(mean[1], mean_quadratic_sq(a) / dim**2, rtol=1e-10)
+    np.testing.assert_allclose(mean[2], np.sum(a**2) / dim**2, rtol=1e-10)
+    np.testing.assert_allclose(mean[3], sum(map(mean_quadratic_sq, tensor)) / dim**3, rtol=1e-10)
+
+
+@all_sdes
+@both_forms
+def test_parameter_gradient_against_finite_differences(sde, exact):
+    """Central differences of the explicit formula in which what stands under a stop-gradient is held fixed."""
+    params, score_one = tiny_net(2)
+    t, z, v = draws(3, (2,))
+    x0 = 0.7 * z[::-1] + 0.2
+    flat, unflatten = jax.flatten_util.ravel_pytree(params)
+
+    def total(flat):
+        params = unflatten(flat)
+        score = jax.vmap(lambda x, t: score_one(params, x, t))
+        return sum(jnp.sum(term) for term in losses.dsm_losses(sde, score, x0, t, z, v, 3, exact))
+
+    gradient = np.asarray(jax.grad(total)(flat))
+    args = [np.asarray(a) for a in (x0, t, z, v)]
+
+    def reference(flat):
+        rows = zip(*args, strict=True)
+        return sum(explicit_terms(sde, score_one, unflatten(flat), params, *row, exact).sum() for row in rows)
+
+    h = 1e-5
+    for i in np.random.default_rng(3).choice(len(flat), 8, replace=False):
+        step = jnp.zeros_like(flat).at[i].set(h)
+        difference = (reference(flat + step) - reference(flat - step)) / (2 * h)
+        np.testing.assert_allclose(gradient[i], difference, rtol=1e-6, atol=1e-7)
+
+
+def test_unknown_order():
+    t, z, v = draws(2, (2,))
+    with pytest.raises(ValueError, match="order 4"):
+        losses.dsm_losses(SDES["vp"], lambda x, t: x, z, t, z, v, 4)
+
+
+@all_sdes
+def test_likelihood_weighting_and_importance_weighting_agree(sde):
+    """E over uniform t of g^2/sigma^2 L1 = Z E over importance-weighted t of L1, Z = lambda(eps) - lambda(T)."""
+    eps, n = 1e-3, 200_001
+
+    def first(t):
+        return 1 + jnp.sin(3 * t)  # stands for the loss of a network
+
+    u = (jnp.arange(n) + 0.5) / n
+    uniform = eps * (sde.T / eps) ** u  # a geometric grid, with its density, integrates the peak at 0
+    weight = losses.first_order_weight(sde, uniform, likelihood=True, importance=False)
+    by_uniform = jnp.mean(first(uniform) * weight * uniform * np.log(sde.T / eps))
+    t = sde.importance_weighted_time(u, eps)
+    start, end = sde.log_snr_range(eps, jnp.float64)
+    by_importance = (start - end) * jnp.mean(first(t))
+    np.testing.assert_allclose(by_uniform, by_importance, rtol=1e-6)
+    np.testing.assert_array_equal(losses.first_order_weight(sde, t, likelihood=True, importance=True), 1)
+    np.testing.assert_array_equal(losses.first_order_weight(sde, t, likelihood=False, importance=False), 1)
+
+
+def test_draws_depend_on_key_and_index_alone():
+    sde, key = SDES["vp"], jax.random.PRNGKey(3)
+    whole = losses.draw(sde, key, jnp.arange(8), (2, 2), eps=1e-5, importance=False)
+    part = losses.draw(sde, key, jnp.array([5, 2]), (2, 2), eps=1e-5, importance=False)
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[[5, 2]], b)
+    many = losses.draw(sde, key, jnp.arange(4000), (2,), eps=0.01, importance=True)
+    assert many.t.min() >= 0.01 * (1 - 1e-5) and many.t.max() <= 1
+    assert set(np.unique(many.v)) == {-1.0, 1.0}
+    np.testing.assert_allclose(np.cov(np.asarray(many.z).T), np.eye(2), atol=0.1)
+
+
+def training_config(**overrides):
+    config = get_default_configs().training
+    config.update(**overrides)
+    return config
+
+
+def test_loss_fn_weights_and_reports_its_terms():
+    sde = SDES["ve"]
+    params, score_one = tiny_net(2)
+
+    def score_fn_of_params(params, model_state, dropout_key):
+        return jax.vmap(lambda x, t: score_one(params, x / 50, t))
+
+    x0, key = jnp.ones((8, 2)), jax.random.PRNGKey(0)
+
+    def run(**overrides):
+        loss_fn = losses.get_loss_fn(training_config(**overrides), sde, score_fn_of_params)
+        loss, terms = loss_fn(params, {}, x0, jnp.arange(8), key)
+        np.testing.assert_allclose(loss, jnp.mean(terms["loss"]))
+        return {k: np.asarray(v) for k, v in terms.items()}
+
+    third = run(score_matching_order=3, second_order_weight=0.5, third_order_weight=0.1)
+    assert all(v.shape == (8,) for v in third.values())
+    np.testing.assert_allclose(third["loss"], third["first"] + 0.5 * third["second"] + 0.1 * third["third"])
+    second, first = run(score_matching_order=2), run()
+    np.testing.assert_allclose(second["loss"], second["first"] + second["second"])
+    np.testing.assert_allclose(second["second"], third["second"])
+    assert np.all(second["third"] == 0) and np.all(first["second"] == 0)
+    np.testing.assert_allclose(first["loss"], third["first"])
+    np.testing.assert_allclose(run(reduce_mean=False)["loss"], first["loss"] * 2 / 2)  # half the sum of D = 2
+    weighted = run(likelihood_weighting=True)["first"]
+    g_sq_over_var = 2 * np.log(5000)
+    np.testing.assert_allclose(weighted, first["first"] * g_sq_over_var, rtol=1e-6)
+    with pytest.raises(UserError, match=r"training\.reduce_mean=False.*score_matching_order"):
+        run(score_matching_order=2, reduce_mean=False)
+
+
+def test_optimizer_is_adam_with_warmup_and_global_clipping():
+    """Five steps written out in numpy."""
+    config = ConfigDict(get_default_configs().optim.to_dict())
+    config.update(lr=0.1, warmup=3, grad_clip=1.0, weight_decay=0.0)
+    optimizer = losses.get_optimizer(config)
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.asarray(rng.normal(size=3)), "b": jnp.asarray(rng.normal(size=(2, 2)))}
+    truth = {k: np.asarray(v).copy() for k, v in params.items()}
+    m = {k: np.zeros_like(v) for k, v in truth.items()}
+    s = {k: np.zeros_like(v) for k, v in truth.items()}
+    state = optimizer.init(params)
+    for step in range(5):
+        grads = {k: rng.normal(size=v.shape) * (3 if step % 2 else 0.1) for k, v in truth.items()}
+        updates, state = optimizer.update({k: jnp.asarray(g) for k, g in grads.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+        rate = 0.1 * min(step / 3, 1)
+        for k, g in grads.items():
+            g = g / max(norm, 1.0)
+            m[k] = 0.9 * m[k] + 0.1 * g
+            s[k] = 0.999 * s[k] + 0.001 * g**2
+            m_hat, s_hat = m[k] / (1 - 0.9 ** (step + 1)), s[k] / (1 - 0.999 ** (step + 1))
+            truth[k] -= rate * m_hat / (np.sqrt(s_hat) + 1e-8)
+        for k in truth:
+            np.testing.assert_allclose(params[k], truth[k], rtol=1e-6)  # the learning rate is float32
+    config.optimizer = "SGD"
+    with pytest.raises(UserError, match="SGD"):
+        losses.get_optimizer(config)
+
+
+def test_step_does_not_depend_on_the_number_of_devices():
+    """The same global batch on 1 and on 4 (virtual) devices: same parameters, EMA and metrics."""
+    params, score_one = tiny_net(2)
+
+    def score_fn_of_params(params, model_state, dropout_key):
+        return jax.vmap(lambda x, t: score_one(params, x, t))
+
+    config = get_default_configs()
+    config.optim.warmup = 0
+    loss_fn = losses.get_loss_fn(training_config(score_matching_order=2), SDES["vp"], score_fn_of_params)
+    optimizer = losses.get_optimizer(config.optim)
+    step_fn = losses.get_step_fn(loss_fn, optimizer, ema_rate=0.9)
+    state = losses.TrainState(
+        jnp.zeros((), jnp.int32), params, params, optimizer.init(params), {}, jax.random.PRNGKey(0)
+    )
+    x0 = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
+    results = []
+    for devices in (1, 4):
+        vstep = jax.jit(jax.vmap(step_fn, axis_name="batch", in_axes=(None, 0)))
+        new, metrics = vstep(state, x0.reshape(devices, 8 // devices, 2))
+        results.append(jax.tree.map(lambda x: np.asarray(x[0]), (new.params, new.ema_params, metrics)))
+        np.testing.assert_array_equal(new.step, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), *results)
+    new_params, ema, metrics = results[0]
+    np.testing.assert_allclose(ema["w"], 0.9 * params["w"] + 0.1 * new_params["w"], rtol=1e-6)
+    assert metrics["grad_norm"] > 0 and np.abs(new_params["w"] - params["w"]).max() > 1e-5

@@ -1,0 +1,157 @@
+"""ode.rk45 against scipy's RK45, matrix exponentials and closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+from scipy.linalg import expm
+
+from errors import UserError
+from ode import SolverError, dormand_prince_step, raise_on_failure, rk45
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def van_der_pol(t, y):
+    """Stiffness 20, forced so that t matters; y [..., 2]."""
+    return jnp.stack([y[..., 1], 20 * (1 - y[..., 0] ** 2) * y[..., 1] - y[..., 0] + jnp.sin(t)], axis=-1)
+
+
+def scipy_rk45(y0, t0, t1, tol):
+    return solve_ivp(lambda t, y: np.asarray(van_der_pol(t, y)), (t0, t1), y0, method="RK45", rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize(("t0", "t1", "tol"), [(0.0, 30.0, 1e-4), (0.0, 3.0, 1e-7), (1.0, 0.8, 1e-5)])
+def test_takes_the_steps_of_scipy(x64, t0, t1, tol):
+    expected = scipy_rk45(np.array([2.0, 0.5]), t0, t1, tol)
+    y, stats = rk45(van_der_pol, jnp.array([[2.0, 0.5]]), t0, t1, rtol=tol, atol=tol)
+    assert abs(int(stats.accepted[0]) - (len(expected.t) - 1)) <= 1
+    assert abs(int(stats.nfe[0]) - expected.nfev) <= 12
+    np.testing.assert_allclose(y[0], expected.y[:, -1], rtol=1e-2 * tol**0.5, atol=tol)
+
+
+def test_first_same_as_last_spares_an_evaluation(x64):
+    calls = []
+
+    def fun(t, y):
+        jax.debug.callback(lambda _: calls.append(1), t[0])
+        return van_der_pol(t, y)
+
+    _, stats = rk45(fun, jnp.array([[2.0, 0.5]]), 0.0, 2.0)
+    jax.effects_barrier()
+    assert stats.rejected[0] > 0
+    assert len(calls) == stats.nfe[0] == 2 + 6 * (stats.accepted[0] + stats.rejected[0])
+
+
+def random_matrix():
+    return np.random.default_rng(0).normal(size=(4, 4))
+
+
+def test_one_step_has_local_error_of_order_six(x64):
+    matrix, y = random_matrix(), np.random.default_rng(1).normal(size=4)
+    steps = 0.2 * 2.0 ** -np.arange(6)
+
+    def fun(t, y):
+        return y @ matrix.T
+
+    y0 = jnp.tile(y, (6, 1))
+    y1, f1, estimate = dormand_prince_step(fun, jnp.zeros(6), y0, fun(0, y0), jnp.asarray(steps))
+    truth = np.stack([expm(h * matrix) @ y for h in steps])
+    assert np.polyfit(np.log(steps), np.log(np.linalg.norm(y1 - truth, axis=-1)), 1)[0] == pytest.approx(6, abs=0.15)
+    # The estimate is the distance to the solution of order 4.
+    assert np.polyfit(np.log(steps), np.log(np.linalg.norm(estimate, axis=-1)), 1)[0] == pytest.approx(5, abs=0.15)
+    np.testing.assert_allclose(f1, fun(0, y1), rtol=1e-14)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_error_follows_the_tolerance(x64, direction):
+    matrix, y = random_matrix(), np.random.default_rng(1).normal(size=(1, 4))
+    truth = expm(2 * direction * matrix) @ y[0]
+    for tol in (1e-4, 1e-7, 1e-10):
+        y1, _ = rk45(lambda t, y: y @ matrix.T, jnp.asarray(y), 1, 1 + 2 * direction, rtol=tol, atol=tol)
+        assert np.linalg.norm(y1[0] - truth) < 20 * tol * np.linalg.norm(truth)
+
+
+def test_there_and_back_in_float32():
+    y0 = jnp.array([[1.0, 0.0], [0.3, -2.0]])
+
+    def rotate(t, y):
+        return jnp.stack([y[:, 1], -y[:, 0]], axis=-1)
+
+    y1, _ = rk45(rotate, y0, 0.0, jnp.array([1.0, 5.0]))
+    assert y1.dtype == jnp.float32
+    np.testing.assert_allclose(y1[1], [0.3 * np.cos(5) - 2 * np.sin(5), -0.3 * np.sin(5) - 2 * np.cos(5)], atol=2e-4)
+    y2, _ = rk45(rotate, y1, jnp.array([1.0, 5.0]), 0.0)
+    np.testing.assert_allclose(y2, y0, atol=3e-4)
+
+
+def test_state_may_be_a_tree():
+    state = {"x": jnp.full((3, 2, 2), 2.0), "log": (jnp.zeros(3),)}
+    rate = jnp.array([0.5, 1.0, 2.0])
+
+    def fun(t, y):
+        return {"x": -rate[:, None, None] * y["x"], "log": (rate * jnp.cos(t),)}
+
+    y, _ = jax.jit(lambda y: rk45(fun, y, 0.0, 1.5))(state)
+    np.testing.assert_allclose(y["x"], jnp.broadcast_to(2 * np.exp(-1.5 * rate)[:, None, None], (3, 2, 2)), rtol=1e-4)
+    np.testing.assert_allclose(y["log"][0], rate * np.sin(1.5), rtol=1e-4)
+
+
+def test_neighbours_do_not_touch_a_result():
+    def fun(t, y):  # y [B, 2]: a decay of rate y[:, 1], constant in t
+        return jnp.stack([-y[:, 1] * (y[:, 0] - jnp.cos(t)), 0 * y[:, 1]], axis=-1)
+
+    solve = jax.jit(lambda y: rk45(fun, y, 0.0, 3.0))
+    easy = jnp.array([[0.5, 1.3]])
+    stiff = jnp.stack([jnp.linspace(-4, 4, 15), jnp.linspace(200, 3000, 15)], axis=-1)
+    alone, alone_stats = solve(easy)
+    batch, stats = solve(jnp.concatenate([stiff, easy]))
+    np.testing.assert_array_equal(batch[-1], alone[0])
+    for field, alone_field in zip(stats, alone_stats, strict=True):
+        assert field[-1] == alone_field[0]
+    assert stats.nfe[-1] < 100 and np.all(stats.nfe[:-1] > 600)
+    assert len(set(np.asarray(stats.accepted).tolist())) > 10  # each has its own steps
+
+
+def test_step_limit_is_reported_and_the_others_finish():
+    y0 = jnp.array([[1.0, 1.0], [1.0, 5000.0], [2.0, 1.0]])
+
+    def fun(t, y):
+        return jnp.stack([-y[:, 1] * y[:, 0], 0 * y[:, 1]], axis=-1)
+
+    y1, stats = rk45(fun, y0, 0.0, 1.0, max_steps=50)
+    assert stats.status.tolist() == [0, 1, 0]
+    assert stats.accepted[1] + stats.rejected[1] == 50
+    assert np.isnan(y1[1]).all()
+    np.testing.assert_allclose(y1[jnp.array([0, 2]), 0], np.exp(-1) * np.array([1, 2]), rtol=1e-4)
+    with pytest.raises(SolverError, match="1 of 3 examples, first at index 1: the limit of 50 steps") as error:
+        raise_on_failure(stats)
+    assert isinstance(error.value, UserError) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fun", "bad_y0"),
+    [
+        (lambda t, y: y**2, 1.0),  # blows up at t = 1
+        (lambda t, y: jnp.where((t[:, None] > 0.5) & (y > 0.9), jnp.nan, -0.1 * y), 1.0),
+        (lambda t, y: -y, jnp.nan),
+        (lambda t, y: jnp.where(y > 1e30, y, -y), 3e38),  # the state overflows, the derivative does not
+    ],
+)
+def test_breakdown_is_found_and_the_others_finish(fun, bad_y0):
+    y1, stats = rk45(fun, jnp.array([[0.1], [bad_y0], [0.1]]), 0.0, 2.0)
+    assert stats.status.tolist() == [0, 2, 0]
+    assert np.isnan(y1[1]).all() and np.isfinite(y1[0]).all() and y1[0] == y1[2]
+    with pytest.raises(SolverError, match="index 1.*not finite"):
+        raise_on_failure(stats)
+
+
+def test_equal_ends_leave_the_state():
+    y1, stats = rk45(lambda t, y: -y, jnp.ones((2, 1)), 0.5, jnp.array([0.5, 0.6]))
+    assert y1[0] == 1 and stats.accepted[0] == 0 and stats.status.tolist() == [0, 0]
+    raise_on_failure(stats)

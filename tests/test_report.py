@@ -1,0 +1,355 @@
+"""Reports of made-up runs: what is seen in the files must be what went in."""
+
+import base64
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+from errors import UserError
+
+REPO = Path(report.__file__).parent
+MEANS, STDS, WEIGHTS = np.array([-2, -6, 4]) / 7, np.sqrt([0.1, 0.1, 1]) / 7, np.array([0.3, 0.3, 0.4])
+
+
+class Page(HTMLParser):
+    """What a page holds: its text without tags, and each tag's attributes that could name another file."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.text, self.links, self.tags = "", [], []
+        self.feed(path.read_text())
+
+    def handle_data(self, data):
+        self.text += data + "\n"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def images(self) -> list[Image.Image]:
+        found = [re.fullmatch(r"data:image/png;base64,(.*)", link) for link in self.links]
+        assert all(found), "a picture that is not in the page itself"
+        return [Image.open(io.BytesIO(base64.b64decode(match[1]))) for match in found if match]
+
+
+def mixture_logp(x: np.ndarray, shift: float = 0.0) -> np.ndarray:
+    terms = WEIGHTS * np.exp(-0.5 * ((x - MEANS - shift) / STDS) ** 2) / (STDS * math.sqrt(2 * math.pi))
+    return np.log(terms.sum(axis=-1) + 1e-300)
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_metrics(workdir: Path, order: int = 3, n: int = 40, every: int = 500, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for step in range(every, every * n + 1, every):
+        for split, noise in (("train", 0.15), ("eval", 0.02)):
+            terms = {"first": 0.4 + 0.6 * math.exp(-step / 900), "second": 0.3 + 9 * math.exp(-step / 400)}
+            terms["third"] = 2 + 900 * math.exp(-step / 700)
+            terms = {name: v * math.exp(noise * rng.normal()) for name, v in terms.items()}
+            terms = {name: v if i < order else 0.0 for i, (name, v) in enumerate(terms.items())}
+            row = {
+                "step": step,
+                "split": split,
+                "loss": terms["first"] + terms["second"] / 2 + terms["third"] / 10,
+                **terms,
+            }
+            if split == "train":
+                row["grad_norm"] = math.exp(rng.normal() - step / 5000)
+            rows.append(json.dumps(row) + "\n")
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "metrics.jsonl").write_text("".join(rows))
+
+
+def toy_run(workdir: Path, shift: float = 0.01, order: int = 3, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    write_metrics(workdir, order, seed=seed)
+    write_json(workdir / "config.json", {"data": {"dataset": "mog", "dim": 1}, "training": {"note": "<script>&"}})
+    index = rng.choice(3, 5000, p=WEIGHTS)
+    data = (MEANS[index] + STDS[index] * rng.normal(size=5000)).astype(np.float32)[:, None]
+    x = np.linspace(-1.6, 1.6, 1001, dtype=np.float32)[:, None]
+    model = mixture_logp(x, shift) + 0.03 * np.sin(9 * x[:, 0])
+    (workdir / "eval").mkdir()
+    np.savez(workdir / "eval/density_1.npz", x=x, model_logp=model, true_logp=mixture_logp(x), data=data)
+    logp = mixture_logp(data, shift)
+    np.savez(workdir / "eval/bpd_1.npz", logp=logp[None], nfe=np.full((1, 5000), 60))
+    np.savez(workdir / "eval/samples_1.npz", samples=data + np.float32(shift))
+    result = {"checkpoint": 1, "step": 20000, "dataset": "mog", "true_entropy": 0.0123456, "kl": 0.00391}
+    result["nll"] = {"mean": float(-logp.mean()), "stderr": 0.0124, "unit": "nats", "num_examples": 5000}
+    result["nfe"] = {"min": 50, "mean": 61.25, "max": 74}
+    write_json(workdir / "eval/report_1.json", result)
+    return workdir
+
+
+def plane_run(workdir: Path, truth: bool) -> Path:
+    """A checkerboard on [-4, 4]^2: no config, no metrics."""
+    axis = np.linspace(-5, 5, 50, dtype=np.float32)
+    x = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+
+    def inside(p):
+        return (np.abs(p) < 4).all(axis=-1) & (np.floor(p / 2).sum(axis=-1) % 2 == 0)
+
+    model = np.where(inside(x), 1 / 32, 1e-4) * np.exp(0.1 * np.sin(3 * x).sum(axis=-1))
+    data = np.random.default_rng(0).uniform(-4, 4, (8000, 2)).astype(np.float32)
+    data = data[inside(data)]
+    arrays = {"x": x, "model_logp": np.log(model), "data": data}
+    if truth:
+        with np.errstate(divide="ignore"):
+            arrays["true_logp"] = np.log(inside(x) / 32)
+    (workdir / "eval").mkdir(parents=True)
+    np.savez(workdir / "eval/density_2.npz", **arrays)
+    np.savez(
+        workdir / "eval/samples_2.npz", samples=data[::-1] + 0.1 * np.random.default_rng(1).normal(size=data.shape)
+    )
+    return workdir
+
+
+def digits(n: int) -> np.ndarray:
+    """n random images [8, 8, 1] in uint8."""
+    return np.random.default_rng(3).integers(0, 256, (n, 8, 8, 1), dtype=np.uint8)
+
+
+def image_run(workdir: Path) -> Path:
+    write_metrics(workdir, order=1, n=200, every=10)
+    write_json(workdir / "config.json", {"data": {"dataset": "DIGITS"}})
+    report.save_image_grid(workdir / "samples/step_00001000.png", digits(64))
+    report.save_image_grid(workdir / "samples/step_00002000.png", digits(9))
+    (workdir / "eval").mkdir()
+    for number, mean in ((9, 4.0), (10, 3.0)):
+        bpd = mean + 0.3 * np.random.default_rng(number).normal(size=(2, 360))
+        np.savez(workdir / f"eval/bpd_{number}.npz", bpd=bpd, nfe=np.full((2, 360), 80))
+        result = {"checkpoint": number, "step": number * 100, "dataset": "DIGITS", "some_metric": 12.5}
+        result["bpd"] = {"mean": 3.14159, "stderr": 0.0123, "num_examples": 360, "num_repeats": 2}
+        result["sampling"] = {"num_samples": 64, "nfe": 93.5}
+        write_json(workdir / f"eval/report_{number}.json", result)
+    return workdir
+
+
+def names(workdir: Path) -> set[str]:
+    return {path.name for path in (workdir / "report").iterdir()}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_grid_holds_each_image_pixel_for_pixel(tmp_path, channels, kind):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 12, channels), dtype=np.uint8)
+    report.save_image_grid(tmp_path / "new" / "grid.png", images if kind == "uint8" else images / 255, columns=3)
+    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    factor, pad = 5, 2  # 8 * 5 is the first multiple of 8 not below 40
+    assert grid.shape == (2 * (40 + pad) + pad, 3 * (60 + pad) + pad) + ((3,) if channels == 3 else ())
+    for i, image in enumerate(images):
+        y, x = pad + i // 3 * (40 + pad), pad + i % 3 * (60 + pad)
+        cell = grid[y : y + 40, x : x + 60].reshape(40, 60, channels)
+        np.testing.assert_array_equal(cell, np.kron(image, np.ones((factor, factor, 1), np.uint8)))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"], "a temporary file is left"
+
+
+def test_grid_clips_and_does_not_enlarge_what_is_large(tmp_path):
+    image = np.zeros((1, 64, 64, 1), np.float32)
+    image[0, 0, :4, 0] = [-3.0, 2.0, np.nan, 0.5]
+    report.save_image_grid(tmp_path / "grid.png", image)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (68, 68)
+    assert grid[2, 2:6].tolist() == [0, 255, 0, 128]
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 2), (0, 8, 8, 1)])
+def test_grid_refuses_other_shapes(tmp_path, shape):
+    with pytest.raises(ValueError, match="images must be"):
+        report.save_image_grid(tmp_path / "grid.png", np.zeros(shape))
+
+
+def test_toy_report(tmp_path):
+    workdir = toy_run(tmp_path / "mog")
+    path = report.write_report(workdir, title="A <b>title</b> & more")
+    assert path == workdir / "report" / "report.html"
+    assert names(workdir) == {"report.html", "losses.png", "samples.png", "density.png", "bpd.png"}
+    page, source = Page(path), path.read_text()
+    sizes = [image.size for image in page.images()]
+    assert sizes == [Image.open(workdir / "report" / f"{n}.png").size for n in ("losses", "samples", "density", "bpd")]
+    assert "http" not in source and "script" not in page.tags and "link" not in page.tags
+    assert "A &lt;b&gt;title&lt;/b&gt; &amp; more" in source and "b" not in page.tags
+    assert '"note": "<script>&"' in page.text and page.tags.count("details") == 1
+    nll = json.loads((workdir / "eval/report_1.json").read_text())["nll"]["mean"]
+    for text in (f"{nll:.3f} ± 0.012 nats (5,000 examples)", "0.012346 nats", "0.00391 nats", "step 20,000"):
+        assert text in page.text
+    assert "min 50, mean 61.25, max 74" in page.text
+    for name in ("metrics.jsonl", "eval/density_1.npz", "eval/samples_1.npz", "eval/bpd_1.npz"):
+        assert name in page.text
+
+
+def test_a_panel_for_each_term_that_is_not_all_zero(tmp_path):
+    sizes = {}
+    for order in (1, 3):
+        write_metrics(tmp_path / str(order), order)
+        report.write_report(tmp_path / str(order))
+        sizes[order] = Image.open(tmp_path / str(order) / "report/losses.png").size
+    width, height = 4.2 * 130, 3.1 * 130
+    assert sizes[1] == pytest.approx((3 * width, height), abs=1)  # first, total, gradient
+    assert sizes[3] == pytest.approx((3 * width, 2 * height), abs=1)  # and second, third
+
+
+def test_smoothing_is_the_mean_of_the_neighbours_and_leaves_out_what_is_not_finite():
+    steps, values = np.arange(81), np.random.default_rng(0).normal(size=81)
+    values[7] = np.nan
+    x, y = report._smooth(steps, values)
+    kept = np.delete(values, 7)
+    assert 7 not in x and len(y) == 80
+    np.testing.assert_allclose([y[0], y[40], y[-1]], [kept[:3].mean(), kept[38:43].mean(), kept[-3:].mean()])
+    assert len(report._smooth(steps[:0], values[:0])[1]) == 0
+
+
+@pytest.mark.parametrize("truth", [True, False])
+def test_plane_report_without_metrics_and_config(tmp_path, truth):
+    workdir = plane_run(tmp_path, truth)
+    page = Page(report.write_report(workdir))
+    assert names(workdir) == {"report.html", "samples.png", "density.png"}
+    assert len(page.images()) == 2 and "details" not in page.tags and "table" not in page.tags
+    assert f"beside {'truth' if truth else 'true data'}" in page.text
+
+
+def test_2d_density_is_drawn_with_x0_to_the_right_and_x1_upwards():
+    axis = np.linspace(-1, 1, 11)
+    x = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+    logp = np.log(1 + 10 * x[:, 0] * (x[:, 0] > 0) + 3 * x[:, 1] * (x[:, 1] > 0))
+    figure, _ = report._density_2d({"x": x, "model_logp": logp, "true_logp": logp})
+    for ax in figure.axes[:2]:
+        (image,) = ax.get_images()
+        shown = np.asarray(image.get_array())
+        assert image.origin == "lower" and shown.shape == (11, 11)
+        assert image.get_extent() == pytest.approx([-1.1, 1.1, -1.1, 1.1])
+        assert shown[0, -1] == pytest.approx(11)  # row: x1 = -1, column: x0 = 1
+        assert shown[-1, 0] == pytest.approx(4)
+
+
+def test_image_report_takes_the_newest_of_each(tmp_path):
+    workdir = image_run(tmp_path)
+    page = Page(report.write_report(workdir))
+    assert names(workdir) == {"report.html", "losses.png", "samples.png", "bpd.png"}
+    assert (workdir / "report/samples.png").read_bytes() == (workdir / "samples/step_00002000.png").read_bytes()
+    assert "eval/bpd_10.npz" in page.text  # 10 is newer than 9, whatever the alphabet says
+    assert page.text.index("Checkpoint 9, step 900") < page.text.index("Checkpoint 10, step 1,000")
+    for text in ("3.142 ± 0.012 bits/dim (360 examples)", "some metric", "12.5", "num samples 64, nfe 93.5"):
+        assert text in page.text
+    for path in [workdir / "metrics.jsonl", *workdir.glob("eval/bpd_*")]:  # the pictures that are not asked for below
+        path.unlink()
+    np.savez(workdir / "eval/samples_10.npz", samples=digits(100))
+    report.write_report(workdir)  # training went on after this evaluation: its samples are newer
+    assert (workdir / "report/samples.png").read_bytes() == (workdir / "samples/step_00002000.png").read_bytes()
+    write_json(workdir / "eval/report_11.json", {"checkpoint": 11, "step": 2000})
+    np.savez(workdir / "eval/samples_11.npz", samples=digits(100))
+    assert "The first 64 of 100 samples" in Page(report.write_report(workdir)).text
+    assert Image.open(workdir / "report/samples.png").size == (8 * 42 + 2, 8 * 42 + 2)
+
+
+def test_mean_and_band_of_the_likelihood_histogram(tmp_path):
+    values = np.random.default_rng(0).normal(3, 1, (2, 400))
+    per_example = values.mean(axis=0)
+    mean, stderr = per_example.mean(), per_example.std(ddof=1) / 20
+    (ax,) = report._likelihoods(values, "bits/dim").axes
+    assert ax.get_legend_handles_labels()[1] == [f"mean {mean:.3f} ± {stderr:.3f} bits/dim"]
+    assert ax.get_lines()[0].get_xdata() == pytest.approx([mean, mean])
+    assert sum(bar.get_height() for bar in ax.patches if bar.get_alpha() == 0.65) == 400
+
+
+def test_values_that_are_not_finite_do_not_stop_a_report(tmp_path):
+    rows = [{"step": s, "split": "train", "loss": math.nan if s > 5 else 1.0, "first": 1.0} for s in range(10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 10, "spl')
+    write_json(tmp_path / "eval/report_1.json", {"bpd": {"mean": math.nan, "stderr": math.nan}, "kl": None})
+    assert "nan bits/dim" in Page(report.write_report(tmp_path)).text
+    assert "losses.png" in names(tmp_path)
+
+
+def test_a_run_that_has_only_begun_is_no_error(tmp_path):
+    write_json(tmp_path / "config.json", {"seed": 1})
+    assert names(report.write_report(tmp_path).parent.parent) == {"report.html"}
+
+
+def test_user_errors_are_one_line(tmp_path):
+    for workdir in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"nothing to report in .*") as error:
+            report.write_report(workdir)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "report").exists() and not (tmp_path / "missing").exists()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        report.write_report(tmp_path)
+    write_json(tmp_path / "config.json", {})
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/bpd_1.npz").write_bytes(b"no zip")
+    with pytest.raises(UserError, match=r"cannot read .*bpd_1\.npz"):
+        report.write_report(tmp_path)
+    np.savez(tmp_path / "eval/density_1.npz", x=np.zeros((4, 1)))
+    with pytest.raises(UserError, match=r"density_1\.npz.*model_logp"):
+        report.write_report(tmp_path)
+
+
+def test_summary_of_runs_on_two_data_sets(tmp_path):
+    runs = {"order 1 <": toy_run(tmp_path / "a", 0.02, 1), "order 3": toy_run(tmp_path / "b", -0.01, 3, seed=1)}
+    runs["digits"] = image_run(tmp_path / "c")
+    for path in [*tmp_path.glob("*/eval/bpd_*"), *tmp_path.glob("*/eval/samples_*")]:
+        path.unlink()
+    rows = [{"run": "order 1 <", "NLL (nats)": 0.0301234567, "n": 5000}, {"run": "order 3", "n": "0.02 ± 0.01"}]
+    path = report.write_summary(tmp_path / "out" / "report.html", "Three & runs", runs, rows)
+    assert path == tmp_path / "out" / "report.html"
+    page = Page(path)
+    assert len(page.images()) == 2 + 2 + 2 + 2  # compared, and each run's
+    assert {p.name for p in path.parent.iterdir()} == {"report.html", "report_density_mog.png", "report_loss.png"}
+    assert "http" not in path.read_text() and "Three &amp; runs" in path.read_text()
+    for text in ("order 1 <", "order 3", "digits", "NLL (nats)", "0.030123", "5,000", "0.02 ± 0.01"):
+        assert text in page.text
+    assert page.tags.count("h2") == 3 and not (tmp_path / "a" / "report").exists()
+
+
+def test_compared_densities_have_a_curve_a_run_and_its_error():
+    x = np.linspace(-1, 1, 101)[:, None]
+    truth = mixture_logp(x)
+    models = {name: {"x": x, "model_logp": truth + d, "true_logp": truth} for name, d in (("a", 0.1), ("b", -0.2))}
+    top, bottom = report._density_1d(models)[0].axes
+    assert top.get_legend_handles_labels()[1] == ["truth", "a", "b"]
+    a, b = top.get_lines()
+    assert a.get_color() != b.get_color()
+    np.testing.assert_allclose(np.asarray(b.get_ydata()), np.exp(truth - 0.2))
+    for line, error in zip(bottom.get_lines()[1:], (0.1, -0.2), strict=True):
+        y = np.asarray(line.get_ydata())
+        np.testing.assert_allclose(y[np.isfinite(y)], error, rtol=1e-6)
+        np.testing.assert_array_equal(np.isfinite(y), np.exp(truth - truth.max()) > 1e-3)
+
+
+def test_command_line(tmp_path, capsys):
+    first, second = tmp_path / "one", tmp_path / "two"
+    for workdir, kl in ((first, 0.00391), (second, 0.0456)):
+        write_json(workdir / "eval/report_1.json", {"dataset": "mog", "kl": kl})
+    report.main([str(first), str(second)])
+    paths = capsys.readouterr().out.split()
+    comparison = first / "report/comparison.html"
+    assert paths == [str(first / "report/report.html"), str(second / "report/report.html"), str(comparison)]
+    assert re.search(r"0\.00391 nats\s+0\.0456 nats", Page(comparison).text)
+    with pytest.raises(UserError, match="usage"):
+        report.main([])
+    done = subprocess.run(
+        [sys.executable, "-m", "report", str(tmp_path / "no")], cwd=REPO, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: nothing to report in") and done.stderr.count("\n") == 1
+
+
+def test_report_imports_nothing_of_the_model():
+    loaded = "import sys, report; print(sorted({'jax', 'run_lib', 'models', 'losses', 'main'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], cwd=REPO, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"

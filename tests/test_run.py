@@ -1,0 +1,214 @@
+"""Whole runs on the digits: train, stop, resume, evaluate; and what bad input is answered with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import checkpoints
+import datasets
+import run_lib
+from configs.check import check_config
+from configs.default_digits_configs import get_digits_configs
+from configs.default_toy_configs import get_toy_configs
+from errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny_digits(**training):
+    config = get_digits_configs()
+    config.training.update(sde="vesde", batch_size=8, n_iters=6, log_freq=2, eval_freq=3, snapshot_freq=3)
+    config.training.update(snapshot_freq_for_preemption=2, snapshot_sampling=False, **training)
+    config.model.update(nf=8, ch_mult=(1,), attn_resolutions=(), dropout=0.1, sigma_max=5.0)
+    config.eval.update(batch_size=8, num_examples=20, num_samples=4, rtol=1e-2, atol=1e-2, begin_ckpt=0, end_ckpt=0)
+    config.sampling.update(rtol=1e-1, atol=1e-1)
+    return config
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, batches):
+    """The data loader gives this many batches and then ends the run, as a signal would."""
+    real = datasets.train_loader
+
+    def loader(*args, **kwargs):
+        iterator = real(*args, **kwargs)
+
+        class Wrapper:
+            left = batches
+            get_state, set_state = iterator.get_state, iterator.set_state
+
+            def __next__(self):
+                if self.left == 0:
+                    raise Interrupted
+                self.left -= 1
+                return next(iterator)
+
+        return Wrapper()
+
+    monkeypatch.setattr(datasets, "train_loader", loader)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
+    config = tiny_digits(score_matching_order=2)
+    whole = run_lib.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)  # one step after the checkpoint of step 4, with metrics of step 4 logged
+        with pytest.raises(Interrupted):
+            run_lib.train(config, tmp_path / "parts")
+    assert [p.name for p in (tmp_path / "parts/checkpoints-meta").iterdir()] == ["checkpoint_4"]
+    resumed = run_lib.train(config, tmp_path / "parts")
+    assert int(resumed.step) == 6
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "parts")]
+    assert logs[0] == logs[1] and logs[0].count('"train"') == 3 and logs[0].count('"eval"') == 2
+    for folder in ("checkpoints", "checkpoints-meta"):
+        records = [checkpoints.restore(checkpoints.latest(tmp_path / run / folder)) for run in ("whole", "parts")]
+        jax.tree.map(np.testing.assert_array_equal, records[0].state, records[1].state)
+        assert records[0].record == records[1].record
+    assert checkpoints.all_numbers(tmp_path / "parts/checkpoints") == [1, 2]
+
+    # the evaluation of both runs: same figures; every example once, the last batch of 4 included
+    results = [run_lib.evaluate(config, tmp_path / run)[0] for run in ("whole", "parts")]
+    assert results[0] == results[1]
+    saved = np.load(tmp_path / "whole/eval/bpd_2.npz")
+    assert saved["bpd"].shape == (1, 20) and np.all(np.isfinite(saved["bpd"]))
+    np.testing.assert_allclose(results[0]["bpd"]["mean"], saved["bpd"].mean(), rtol=1e-6)
+    np.testing.assert_allclose(results[0]["bpd"]["stderr"], saved["bpd"].std(ddof=1) / np.sqrt(20), rtol=1e-5)
+    np.testing.assert_allclose(saved["bpd"], -saved["logp"] / (64 * np.log(2)) + 8, rtol=1e-5)
+    assert json.loads((tmp_path / "whole/eval/report_2.json").read_text()) == results[0]
+    assert np.load(tmp_path / "whole/eval/samples_2.npz")["samples"].shape == (4, 8, 8, 1)
+    assert (tmp_path / "whole/report/report.html").is_file() and (tmp_path / "whole/eval/samples_2.png").is_file()
+
+    # the same folder, another network
+    config.model.nf = 12
+    with pytest.raises(UserError, match=r"shape .*this config wants .*another config"):
+        run_lib.evaluate(config, tmp_path / "whole")
+    with pytest.raises(UserError, match="another config"):
+        run_lib.train(config, tmp_path / "whole")
+
+
+def test_scanned_steps_equal_single_steps(tmp_path):
+    """n_jitted_steps changes how many steps one program holds, not what they do."""
+    states = []
+    for jitted in (1, 3):
+        config = get_toy_configs("vesde", "mog")
+        config.model.update(nf=8, num_layers=1)
+        config.training.update(batch_size=32, n_iters=6, log_freq=3, eval_freq=3, snapshot_freq=6)
+        config.training.update(snapshot_freq_for_preemption=6, n_jitted_steps=jitted, score_matching_order=3)
+        states.append(run_lib.train(config, tmp_path / str(jitted)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), states[0].params, states[1].params)
+
+
+def test_untrained_mixture_has_the_nll_of_its_gaussian(tmp_path):
+    """The MLP starts as the exact score of N(0, sigma_data^2): its NLL on the mixture has a closed form."""
+    config = get_toy_configs("vesde", "mog")
+    config.model.update(nf=8, num_layers=1, sigma_data=0.6)
+    config.training.update(batch_size=32, n_iters=1, n_jitted_steps=1)
+    config.optim.lr = 1e-12
+    config.eval.update(batch_size=1000, num_examples=1000, enable_sampling=False)
+    run_lib.train(config, tmp_path)
+    result = run_lib.evaluate(config, tmp_path)[0]
+    weights, means, variances = np.array([0.3, 0.3, 0.4]), np.array([-2, -6, 4]) / 7, np.array([0.1, 0.1, 1]) / 49
+    second_moment = np.sum(weights * (means**2 + variances))
+    # the ODE carries N(0, 0.6^2 + sigma(eps)^2) to N(0, 0.6^2 + 50^2), which the prior N(0, 50^2) stands in for
+    model_var = (0.6**2 + 0.01**2) * 50**2 / (0.6**2 + 50**2)
+    truth = 0.5 * np.log(2 * np.pi * model_var) + 0.5 * second_moment / model_var
+    np.testing.assert_allclose(result["exact_nll"], truth, atol=2e-4)
+    np.testing.assert_allclose(result["model_mass"], 1, atol=0.05)  # the grid ends near the data
+    assert abs(result["nll"]["mean"] - truth) < 5 * result["nll"]["stderr"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("training.score_matching_order", 4, r"training\.score_matching_order=4 is not supported; use one of 1, 2, 3"),
+        ("training.sde", "edm", r"training\.sde='edm'.*vpsde"),
+        ("training.reduce_mean", False, r"reduce_mean=False with training\.score_matching_order=2"),
+        ("training.n_jitted_steps", 7, r"n_jitted_steps=7 must divide training\.log_freq"),
+        ("training.importance_weighting", True, r"importance_weighting=True needs training\.likelihood_weighting"),
+        ("training.smallest_time", 1.5, r"smallest_time=1\.5 must be below"),
+        ("training.batch_size", 0, r"batch_size=0 must be at least 1"),
+        ("eval.end_ckpt", -1, r"eval\.end_ckpt=-1"),
+        ("data.dataset", "NIST", r"NIST.*DIGITS"),
+        ("model.name", "unet", r"unet.*ncsnpp"),
+        ("model.progressive", "foo", r"model\.progressive='foo'"),
+    ],
+)
+def test_bad_config_values_are_named(key, value, complaint):
+    config = tiny_digits(score_matching_order=2)
+    section, name = key.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=complaint) as error:
+        run_lib.build(config)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_and_mistyped_keys():
+    config = tiny_digits()
+    config.training.bach_size = 3
+    with pytest.raises(UserError, match=r"'training\.bach_size' does not exist; did you mean 'training\.batch_size'"):
+        check_config(config)
+    config = tiny_digits()
+    with config.ignore_type():
+        config.training.batch_size = "many"
+    with pytest.raises(UserError, match=r"training\.batch_size='many' has type str; it must be int"):
+        check_config(config)
+    config = tiny_digits()
+    del config.eval["rtol"]
+    with pytest.raises(UserError, match=r"'eval\.rtol' is missing"):
+        check_config(config)
+
+
+def main(*arguments, devices=1):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "main.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+DIGITS = "--config=configs/digits/ve_ncsnpp.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--config=configs/nope.py", "--mode=train"], "config file 'configs/nope.py' does not exist"),
+        ([DIGITS, "--mode=train", "--config.training.bach_size=3"], "did you mean 'training.batch_size'"),
+        ([DIGITS, "--mode=train", "--config.training.score_matching_order=4"], "use one of 1, 2, 3"),
+        ([DIGITS, "--mode=fly"], "value should be one of"),
+        ([DIGITS, "--mode=train", "--config.training.batch_size=9"], "batch_size=9 is not divisible by the 2 devices"),
+        ([DIGITS, "--mode=train", "--config.data.dataset=NIST"], "NIST"),
+        (["--config=configs/fashion_mnist/ve_ncsnpp.py", "--mode=train", "--config.data.dir=/no/where"], "/no/where"),
+        ([DIGITS, "--mode=eval"], "--mode eval needs the workdir of a training run"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, arguments, complaint):
+    done = main(*arguments, f"--workdir={tmp_path / 'run'}", devices=2)
+    assert done.returncode != 0
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ") and complaint in lines[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_workdir_without_checkpoints(tmp_path):
+    with pytest.raises(UserError, match=r"holds no checkpoint.*train first"):
+        run_lib.evaluate(tiny_digits(), tmp_path)
+
+
+def test_damaged_checkpoint_is_one_line(tmp_path):
+    state = {"a": np.arange(4.0)}
+    path = checkpoints.save(tmp_path, state, 1)
+    assert not list(tmp_path.glob("*tmp*"))
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:7])
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoints.restore(path)
