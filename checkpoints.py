@@ -80,7 +80,9 @@ def find(directory: str | Path, number: int) -> Path:
     if path is None or not path.exists():
         have = ", ".join(map(str, all_numbers(directory))) or "none"
         wanted = "no checkpoint" if number == 0 else f"no checkpoint_{number}"
-        raise UserError(f"{directory} holds {wanted} (it has: {have}); train first, or give another --workdir or number")
+        raise UserError(
+            f"{directory} holds {wanted} (it has: {have}); train first, or give another --workdir or number"
+        )
     return path
 
 
@@ -95,9 +97,7 @@ def restore(path: str | Path) -> Checkpoint:
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
             items = checkpointer.restore(
                 path,
-                ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(restore_args=as_numpy), record=ocp.args.JsonRestore()
-                ),
+                ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_numpy), record=ocp.args.JsonRestore()),
             )
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

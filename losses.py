@@ -159,9 +159,7 @@ def _exact_losses(sigma, c, jac, grad_trace):
         return second, None
     hessian = sg(hessian)
     trace = jnp.trace(hessian, axis1=1, axis2=2)[:, None]  # sigma^2 tr J + D
-    residual = (
-        sigma**3 * grad_trace + _inner(c, c) * c - trace * c - 2 * jnp.einsum("bij,bj->bi", hessian, c)
-    )  # [B, D]
+    residual = sigma**3 * grad_trace + _inner(c, c) * c - trace * c - 2 * jnp.einsum("bij,bj->bi", hessian, c)  # [B, D]
     return second, jnp.mean(jnp.square(residual), axis=-1)
 
 
@@ -234,12 +232,12 @@ def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfPar
 class TrainState:
     """All that training changes. Randomness is a function of the step: `fold_in(key, step)`."""
 
-    step: Array
+    step: Any  # int32 []; with a leading axis of devices inside the loop, numpy when saved
     params: PyTree
     ema_params: PyTree
     opt_state: PyTree
     model_state: PyTree
-    key: Array
+    key: Any  # uint32 [2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,9 +255,7 @@ def get_optimizer(optim_config: Any) -> optax.GradientTransformation:
     """Adam with linear warm-up, after clipping the gradient by its GLOBAL norm (negative `grad_clip`: no clipping)."""
     if optim_config.optimizer != "Adam":
         raise UserError(f"optim.optimizer={optim_config.optimizer!r} is unknown; use 'Adam'")
-    clip = (
-        optax.clip_by_global_norm(optim_config.grad_clip) if optim_config.grad_clip >= 0 else optax.identity()
-    )
+    clip = optax.clip_by_global_norm(optim_config.grad_clip) if optim_config.grad_clip >= 0 else optax.identity()
     adam = optax.adamw(
         _WarmUp(optim_config.lr, optim_config.warmup),
         b1=optim_config.beta1,

@@ -54,7 +54,9 @@ def main() -> None:
     digits = args.workdir / "digits"
     with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 1 else 1) as pool:
         # longest first, so that the two columns end together
-        jobs = {"digits": pool.submit(train_and_evaluate, DIGITS, digits, f"--config.training.n_iters={args.digits_steps}")}
+        jobs = {
+            "digits": pool.submit(train_and_evaluate, DIGITS, digits, f"--config.training.n_iters={args.digits_steps}")
+        }
         for order in (3, 2, 1):
             overrides = (
                 f"--config.training.score_matching_order={order}",

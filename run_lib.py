@@ -27,6 +27,7 @@ import sde_lib
 from configs.check import check_config, flatten
 from errors import UserError
 from models.score import get_score_fn
+from records import MetricsLog, Pending, write_json, write_npz
 
 TERMS = ("loss", "first", "second", "third")
 
@@ -97,71 +98,8 @@ def _grouped(loader: Iterator[dict], n: int) -> Iterator[np.ndarray]:
         yield np.stack(batches, axis=1)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    """Writes beside and renames, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def _write_npz(path: Path, **arrays: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    temporary.replace(path)
-
-
-class MetricsLog:
-    """`metrics.jsonl` and TensorBoard. Opened at a step, it forgets what an interrupted run logged after that step."""
-
-    def __init__(self, workdir: Path, step: int):
-        from tensorboardX import SummaryWriter
-
-        path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
-
-
-class Pending:
-    """The training metrics of the steps since the last log line; part of a checkpoint, so that a resume logs the same."""
-
-    def __init__(self, values: dict[str, list[float]] | None = None):
-        self.values = values or {}
-        self._on_device: list[dict[str, jax.Array]] = []
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """metrics: [devices, n] each, equal on all devices. They are fetched later, not to hold up the device."""
-        self._on_device.append(metrics)
-
-    def flush(self) -> dict[str, list[float]]:
-        for metrics in self._on_device:
-            for name, value in metrics.items():
-                self.values.setdefault(name, []).extend(np.asarray(value[0]).tolist())
-        self._on_device = []
-        return self.values
-
-    def means(self) -> dict[str, float]:
-        """Means over the steps since the last call."""
-        means = {name: math.fsum(values) / len(values) for name, values in self.flush().items()}
-        self.values = {}
-        return means
-
-
 def _snapshot_number(config, step: int) -> int:
-    """Snapshot k is the one after k * snapshot_freq steps; the last one may be one step later (n_iters = k freq + 1)."""
+    """Snapshot k is the one after k * snapshot_freq steps; the last one may be one step later (n_iters = k f + 1)."""
     return max(1, math.ceil((step - 1) / config.training.snapshot_freq))
 
 
@@ -241,7 +179,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> losses.Trai
     workdir.mkdir(parents=True, exist_ok=True)
     state, record = _restore_or_init(parts, workdir / "checkpoints-meta")
     step = int(state.step)
-    _write_json(workdir / "config.json", config.to_dict())
+    write_json(workdir / "config.json", config.to_dict())
 
     loader = datasets.train_loader(
         parts.dataset,
@@ -258,7 +196,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> losses.Trai
     loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
     step_fn = losses.get_step_fn(loss_fn, parts.optimizer, config.model.ema_rate)
     # XLA on the CPU differentiates convolution kernels some 40 times slower inside a loop: no loop there for images.
-    unroll = training.n_jitted_steps if jax.default_backend() == "cpu" and parts.dataset.is_image else 1
+    unroll = jax.default_backend() == "cpu" and parts.dataset.is_image
     scan = functools.partial(jax.lax.scan, step_fn, unroll=unroll)
     p_step = jax.pmap(scan, axis_name="batch", donate_argnums=0)
     eval_loss = _eval_loss_fn(parts)
@@ -324,7 +262,7 @@ def _save_samples(parts: Parts, p_state, draw_samples, path: Path, step: int) ->
     if parts.dataset.is_image:
         report.save_image_grid(path.with_suffix(".png"), samples)
     else:
-        _write_npz(path.with_suffix(".npz"), samples=samples)
+        write_npz(path.with_suffix(".npz"), samples=samples)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str | Path, eval_folder: str = "eval") -> list[dict]:
@@ -340,7 +278,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | Path, eval_folder
     parts = build(config)
     out = workdir / eval_folder
     out.mkdir(parents=True, exist_ok=True)
-    target = jax.eval_shape(parts.init_state)
+    target = parts.init_state()
     results = []
     for path in paths:
         number = int(path.name.rpartition("_")[2])
@@ -351,7 +289,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | Path, eval_folder
             result |= _evaluate_likelihood(parts, params, model_state, out, number)
         if config.eval.enable_sampling:
             result |= _evaluate_samples(parts, params, model_state, out, number)
-        _write_json(out / f"report_{number}.json", result)
+        write_json(out / f"report_{number}.json", result)
         logging.info("checkpoint %d: %s", number, json.dumps(result))
         results.append(result)
     logging.info("results in %s; report: %s", out, report.write_report(workdir, eval_folder=eval_folder))
@@ -381,7 +319,7 @@ def _likelihood_fn(parts: Parts):
 
 
 def _padded_likelihood(fn, params, model_state, x: np.ndarray, index: np.ndarray, key, size: int):
-    """logp and nfe of n <= size examples, the batch filled up with copies of the last one so that one program serves."""
+    """logp and nfe of n <= size examples, the batch filled up with copies of the last so that one program serves."""
     rows = np.minimum(np.arange(size), len(x) - 1)
     keys = jnp.stack([key] * jax.local_device_count())
     logp, nfe = fn(params, model_state, _shard(x[rows]), _shard(index[rows].astype(np.int32)), keys)
@@ -421,21 +359,23 @@ def _evaluate_likelihood(parts: Parts, params, model_state, out: Path, number: i
     result: dict[str, Any] = {"nfe": {"min": int(nfe.min()), "mean": float(nfe.mean()), "max": int(nfe.max())}}
     if parts.dataset.is_image:
         dim = math.prod(parts.dataset.shape)
-        bpd = np.asarray(likelihood.bits_per_dim(logp, dim, _inverse_scaler(parts)))
+        bpd = np.stack([likelihood.bits_per_dim(jnp.asarray(row), dim, _inverse_scaler(parts)) for row in logp])
         result["bpd"] = evaluation.mean_and_stderr(bpd)
         if config.gaussian_baseline:
-            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(parts.dataset, parts.config.data, parts.config.seed)
-        _write_npz(out / f"bpd_{number}.npz", bpd=bpd, logp=logp, nfe=nfe)
+            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(
+                parts.dataset, parts.config.data, parts.config.seed
+            )
+        write_npz(out / f"bpd_{number}.npz", bpd=bpd, logp=logp, nfe=nfe)
     else:
         result["nll"] = {**evaluation.mean_and_stderr(-logp), "unit": "nats"}
-        _write_npz(out / f"bpd_{number}.npz", logp=logp, nfe=nfe)
+        write_npz(out / f"bpd_{number}.npz", logp=logp, nfe=nfe)
         if parts.dataset.shape[0] <= 2:
             result |= _evaluate_density(parts, fn, params, model_state, out, number)
     return result
 
 
 def _evaluate_density(parts: Parts, fn, params, model_state, out: Path, number: int) -> dict[str, Any]:
-    """The model's density on a grid and, where the data's is known, the exact NLL by quadrature, without sampling error."""
+    """The model's density on a grid and, where the data's is known, its exact NLL by quadrature."""
     points, cell, data = evaluation.density_grid(parts.dataset)
     size = min(parts.config.eval.batch_size, _round_up(len(points)))
     key = jax.random.PRNGKey(parts.config.seed)
@@ -448,7 +388,7 @@ def _evaluate_density(parts: Parts, fn, params, model_state, out: Path, number: 
     if parts.dataset.log_prob is not None:
         arrays["true_logp"] = parts.dataset.log_prob(points)
         result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], cell)
-    _write_npz(out / f"density_{number}.npz", **arrays)
+    write_npz(out / f"density_{number}.npz", **arrays)
     return result
 
 
@@ -462,7 +402,7 @@ def _evaluate_samples(parts: Parts, params, model_state, out: Path, number: int)
         samples.append(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8) if parts.dataset.is_image else x)
         nfes.append(nfe)
     drawn, nfe = np.concatenate(samples)[: config.num_samples], np.concatenate(nfes)[: config.num_samples]
-    _write_npz(out / f"samples_{number}.npz", samples=drawn)
+    write_npz(out / f"samples_{number}.npz", samples=drawn)
     if parts.dataset.is_image:
         report.save_image_grid(out / f"samples_{number}.png", drawn[:64])
     return {"sampling": {"method": parts.config.sampling.method, "num_samples": len(drawn), "nfe": float(nfe.mean())}}

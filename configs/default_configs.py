@@ -44,7 +44,7 @@ def get_default_configs() -> ConfigDict:
     config.data = data = ConfigDict()
     data.dataset = "CIFAR10"
     data.dir = ""  # folder of the data set; empty: the library's own place
-    data.category = ""  # LSUN only, e.g. church_outdoor
+    data.category = ""  # LSUN: e.g. church_outdoor; ImageNet: empty for the old copy, imagenet_resized for the new
     data.image_size = 32
     data.num_channels = 3
     data.centered = False  # True: images in [-1, 1]; False: [0, 1]

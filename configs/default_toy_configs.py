@@ -23,6 +23,6 @@ def get_toy_configs(sde: str, dataset: str) -> ConfigDict:
     )
     config.optim.update(lr=1e-3, warmup=0)
     config.data.update(dataset=dataset, random_flip=False)
-    config.model.update(name="mlp", nf=128, dropout=0.0)
+    config.model.update(name="mlp", nf=64, num_layers=2, dropout=0.0)
     config.eval.update(batch_size=2000, hutchinson_type="exact", num_repeats=1, num_samples=10_000)
     return config

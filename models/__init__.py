@@ -7,7 +7,6 @@ A new network is one function from config to module and one line in MODELS. The 
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -73,14 +72,14 @@ def create_model(config: Any) -> nn.Module:
     return MODELS[name](config)
 
 
-def init_params(
-    model: nn.Module, key: PRNGKeyArray, x_shape: tuple[int, ...]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def init_params(model: nn.Module, key: PRNGKeyArray, x_shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fresh (params, model_state) for inputs of `x_shape` [B, ...]; the batch size does not matter."""
     x, time_cond = jnp.zeros((1, *x_shape[1:])), jnp.ones((1,))
     # Jitted, the forward pass that flax runs for the shapes is never computed. The program runs once: optimising it
-    # would cost a CPU six times the compilation and change no number.
-    init = jax.jit(model.init, static_argnames="train", compiler_options={"xla_backend_optimization_level": 0})
-    variables = init({"params": key}, x, time_cond, train=False)
-    model_state, params = flax.core.pop(variables, "params")
-    return params, model_state
+    # would cost a CPU up to six times the compilation and change no number.
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    if isinstance(key, jax.core.Tracer):  # inside another jit or eval_shape, which has its own options
+        init = model.init
+    variables: Any = init({"params": key}, x, time_cond)
+    model_state = {name: value for name, value in variables.items() if name != "params"}
+    return variables["params"], model_state

@@ -27,7 +27,7 @@ def get_activation(name: str) -> Callable[[Array], Array]:
 
 
 def default_init(scale: float = 1.0) -> Callable:
-    """Uniform with variance `scale` / mean(fan in, fan out), as in DDPM (arXiv 2006.11239); scale 0 stands for 1e-10."""
+    """Uniform, variance `scale` / mean(fan in, fan out), as in DDPM (arXiv 2006.11239); scale 0 stands for 1e-10."""
     return jax.nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
@@ -53,9 +53,7 @@ class NIN(nn.Module):
         return x @ weight + self.param("b", jax.nn.initializers.zeros, (self.features,))
 
 
-def get_timestep_embedding(
-    t: Float[Array, "B"], dim: int, max_period: float = 10000.0
-) -> Float[Array, "B dim"]:
+def get_timestep_embedding(t: Float[Array, "B"], dim: int, max_period: float = 10000.0) -> Float[Array, "B dim"]:
     """[sin(w t), cos(w t)] with dim // 2 frequencies w from 1 down to 1 / max_period; an odd dim ends in a zero.
 
     Made for t in [0, 999] (Vaswani et al. 2017, arXiv 1706.03762; DDPM, arXiv 2006.11239).

@@ -71,7 +71,7 @@ class AttnBlockpp(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B, H, W, C] -> [B, 2 H, 2 W, features], by FIR filter or nearest neighbour, with a convolution if `with_conv`."""
+    """[B, H, W, C] -> [B, 2 H, 2 W, features], by FIR filter or nearest neighbour, and convolution if `with_conv`."""
 
     with_conv: bool
     fir: bool

@@ -190,7 +190,9 @@ class NCSNpp(nn.Module):
                 h = resnet(up=True)(h, temb, train)
             elif level != 0:
                 h = self._resampler(Upsample, self.resamp_with_conv)(h)
-        return pyramid if self.progressive == "output_skip" else self._head(h, channels, self.init_scale)
+        if pyramid is not None and self.progressive == "output_skip":
+            return pyramid
+        return self._head(h, channels, self.init_scale)
 
     def _head(self, h: Image, features: int, init_scale: float) -> Array:
         h = get_activation(self.nonlinearity)(group_norm(h.shape[-1])(h))

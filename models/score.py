@@ -1,8 +1,9 @@
 """From the output of a network to the score."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+import flax.linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sde_lib import SDE
@@ -17,19 +18,9 @@ CONDITIONS: dict[str, Callable[[SDE, Array], Array]] = {
 }
 
 
-@runtime_checkable
-class ScoreNetwork(Protocol):
-    """What `get_score_fn` asks of a flax module."""
-
-    conditioning: str  # a key of CONDITIONS
-    predicts_score: bool  # else the output is minus sigma times the score
-
-    def apply(self, variables: Any, x: Array, time_cond: Array, *, train: bool, rngs: Any) -> Any: ...
-
-
 def get_score_fn(
     sde: SDE,
-    model: ScoreNetwork,
+    model: nn.Module,
     params: Mapping[str, Any],
     model_state: Mapping[str, Any],
     train: bool = False,
@@ -37,13 +28,15 @@ def get_score_fn(
 ) -> ScoreFn:
     """The score x [B, ...], t [B] -> [B, ...] of a network with the given parameters.
 
+    `model.conditioning`, a key of CONDITIONS, says what it is told of t; `model.predicts_score`, whether its output is
+    the score or minus sigma times the score.
     `train` switches dropout on; it needs `dropout_key` then, and every call of the returned function has the same mask.
     """
     variables = {"params": params, **model_state}
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
 
     def score_fn(x: Float[Array, "B *shape"], t: Float[Array, "B"]) -> Float[Array, "B *shape"]:
-        output = model.apply(variables, x, CONDITIONS[model.conditioning](sde, t), train=train, rngs=rngs)
+        output: Any = model.apply(variables, x, CONDITIONS[model.conditioning](sde, t), train=train, rngs=rngs)
         if model.predicts_score:
             return output
         return -output / sde.sigma(t).reshape(t.shape + (1,) * (x.ndim - 1))

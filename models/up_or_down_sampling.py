@@ -1,15 +1,19 @@
 """Resampling of images [B, H, W, C] by FIR filters, alone or together with a convolution (StyleGAN2, arXiv 1912.04958).
 
-All filters are separable and given by their taps along one axis; they are normalised to sum to one. Each axis is
-filtered by a sum of shifted slices: XLA fuses it, it is exact in float32 on every device, and its derivatives of any
-order are of the same kind. A depthwise convolution is up to a hundred times slower on the CPU.
+All filters are separable and given by their taps along one axis; they are normalised to sum to one. An axis is filtered
+by a product with a constant banded matrix: fast on every device, with derivatives of any order of the same kind. On the
+CPU a depthwise convolution is up to a hundred times slower, and a sum of shifted slices is fused by XLA into what comes
+before it, which is then computed again for every tap: a training step of the digits took 1.4 s instead of 0.04.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -18,19 +22,26 @@ Resampled = Float[Array, "B H2 W2 C2"]
 Taps = Sequence[float | int]
 
 
-def _filter_axis(x: Image, taps: Taps, axis: int, up: int, down: int, pad: tuple[int, int]) -> Resampled:
-    """Along `axis`: put up - 1 zeros after each pixel, pad (crop where negative), convolve, keep every down-th."""
-    padding = [(0, 0, 0)] * x.ndim
-    padding[axis] = (pad[0], pad[1] + up - 1, up - 1)
-    x = lax.pad(x, jnp.zeros((), x.dtype), padding)
-    length = x.shape[axis] - len(taps) + 1
+@functools.lru_cache
+def _filter_matrix(size: int, taps: tuple[float, ...], up: int, down: int, pad: tuple[int, int]) -> np.ndarray:
+    """The matrix [out, size] of: put up - 1 zeros after each pixel, pad (crop where negative), convolve, decimate."""
+    stuffed = np.zeros((size * up, size))
+    stuffed[::up] = np.eye(size)
+    padded = np.pad(stuffed, ((max(pad[0], 0), max(pad[1], 0)), (0, 0)))
+    padded = padded[max(-pad[0], 0) : len(padded) - max(-pad[1], 0)]
+    length = len(padded) - len(taps) + 1
     # a convolution, not a correlation: the last tap meets the first pixel
-    return sum(tap * lax.slice_in_dim(x, i, i + length, down, axis) for i, tap in enumerate(reversed(taps)))
+    rows = sum(tap * padded[i : i + length] for i, tap in enumerate(reversed(taps)))
+    return np.asarray(rows)[::down]
 
 
-def upfirdn_2d(
-    x: Image, taps: Taps, up: int, down: int, pad_h: tuple[int, int], pad_w: tuple[int, int]
-) -> Resampled:
+def _filter_axis(x: Image, taps: Taps, axis: int, up: int, down: int, pad: tuple[int, int]) -> Resampled:
+    matrix = jnp.asarray(_filter_matrix(x.shape[axis], tuple(taps), up, down, pad), x.dtype)
+    spec = "oh,bhwc->bowc" if axis == 1 else "ow,bhwc->bhoc"
+    return jnp.einsum(spec, matrix, x, precision=lax.Precision.HIGHEST)
+
+
+def upfirdn_2d(x: Image, taps: Taps, up: int, down: int, pad_h: tuple[int, int], pad_w: tuple[int, int]) -> Resampled:
     """Upsample by zeros, pad, filter by the outer product of `taps` with itself as it stands, and decimate."""
     return _filter_axis(_filter_axis(x, taps, 1, up, down, pad_h), taps, 2, up, down, pad_w)
 
@@ -69,7 +80,9 @@ def naive_downsample_2d(x: Image, factor: int = 2) -> Resampled:
     return x.reshape(batch, height // factor, factor, width // factor, factor, channels).mean(axis=(2, 4))
 
 
-def _conv(x: Image, weight: Float[Array, "k k C O"], stride=1, dilation=1, padding="VALID") -> Resampled:
+def _conv(
+    x: Image, weight: Float[Array, "k k C O"], stride: int = 1, dilation: int = 1, padding: Any = "VALID"
+) -> Array:
     return lax.conv_general_dilated(
         x,
         weight,
@@ -80,9 +93,7 @@ def _conv(x: Image, weight: Float[Array, "k k C O"], stride=1, dilation=1, paddi
     )
 
 
-def upsample_conv_2d(
-    x: Image, weight: Float[Array, "k k C O"], taps: Taps | None = None, factor: int = 2
-) -> Resampled:
+def upsample_conv_2d(x: Image, weight: Float[Array, "k k C O"], taps: Taps | None = None, factor: int = 2) -> Resampled:
     """Transposed convolution of stride `factor`, then the upsampling filter: [B, factor H, factor W, O]."""
     taps = _normalised(taps, factor, factor)
     size = weight.shape[0]

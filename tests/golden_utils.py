@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +47,7 @@ def golden_config(arrays: Mapping[str, np.ndarray]) -> ConfigDict:
         if not isinstance(values, dict):
             config[section] = values
             continue
-        for key, value in values.items():
-            config[section][key] = tuple(value) if isinstance(value, list) else value
+        getattr(config, section).update({key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
     return config
 
 

@@ -40,7 +40,7 @@ def test_each_config_is_fresh():
 
 
 # configs with the same tree are traced once
-DISTINCT = {(entry["tree"], name.split("/")[0]): name for name, entry in TREES["configs"].items()}
+DISTINCT = {entry["tree"]: name for name, entry in TREES["configs"].items()}
 
 
 @pytest.mark.parametrize("name", DISTINCT.values())
@@ -58,7 +58,7 @@ def test_parameter_tree_is_the_public_one(name):
 
 def test_configs_that_are_not_traced_have_the_model_of_one_that_is():
     for name, entry in TREES["configs"].items():
-        traced = get_config(DISTINCT[entry["tree"], name.split("/")[0]])
+        traced = get_config(DISTINCT[entry["tree"]])
         config = get_config(name)
         model = create_model(config).clone(dropout=create_model(traced).dropout)
         assert model == create_model(traced)

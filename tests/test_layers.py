@@ -1,6 +1,7 @@
 """Layers against numbers recorded from the public code, and the moments of fresh parameters."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from errors import UserError
 from models import layers, layerspp, up_or_down_sampling
 from models.normalization import group_norm
 
-RESAMPLE, BLOCKS, EMBEDDINGS = (load_golden(f"{name}.npz") for name in ("layers_resample", "layers_blocks", "embeddings"))
+RESAMPLE, BLOCKS, EMBEDDINGS = map(load_golden, ("layers_resample.npz", "layers_blocks.npz", "embeddings.npz"))
 RESAMPLED = [key for key in RESAMPLE if "/" in key and not key.startswith("upfirdn")]
 CASES = [key.removesuffix("/out") for key in BLOCKS if key.endswith("/out")]
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiles random numbers six times faster
@@ -38,16 +39,21 @@ def test_naive_resampling_and_negative_padding_as_recorded():
     assert relative_error(out, RESAMPLE["upfirdn/up2_down1_pad_2_1_neg"]) < 1e-6
 
 
-def build(case):
+def fresh_params(module, *args) -> Any:
+    init = jax.jit(module.init, compiler_options=UNOPTIMISED)
+    return init(jax.random.key(0), *args)["params"]
+
+
+def build(case) -> Any:
     """The module of a recorded case such as 'biggan_fir1_up_skip0'."""
     kind, *options = case.split("_")
     flag = {option[:-1]: option[-1] == "1" for option in options}
-    fir = dict(fir=flag.get("fir", False), fir_kernel=FIR_KERNEL)
-    residual = dict(act=layers.get_activation("swish"), dropout=0.1, init_scale=0.0, skip_rescale=flag.get("skip", True))
+    fir: dict[str, Any] = dict(fir=flag.get("fir", False), fir_kernel=FIR_KERNEL)
+    residual: dict[str, Any] = dict(act=jax.nn.swish, dropout=0.1, init_scale=0.0, skip_rescale=flag.get("skip", True))
     features = None if "up" in options or "same" in options else 12
     match kind:
         case "biggan":
-            up_down = dict(up="up" in options, down="down" in options)
+            up_down: dict[str, Any] = dict(up="up" in options, down="down" in options)
             return layerspp.ResnetBlockBigGANpp(features=features, **residual, **up_down, **fir)
         case "ddpm":
             return layerspp.ResnetBlockDDPMpp(features=features, conv_shortcut=flag["convshort"], **residual)
@@ -94,7 +100,7 @@ def test_positional_embedding_as_recorded(dim):
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_fourier_embedding_as_recorded_and_trained_only_if_asked(trainable):
-    module = layerspp.GaussianFourierProjection(16, 16.0, trainable)
+    module: Any = layerspp.GaussianFourierProjection(16, 16.0, trainable)
     x, params = jnp.array(EMBEDDINGS["fourier_x"]), {"W": jnp.array(EMBEDDINGS["fourier_W"])}
     np.testing.assert_allclose(module.apply({"params": params}, x), EMBEDDINGS["fourier_out"], atol=1e-4)
     grad = jax.grad(lambda params: jnp.sum(module.apply({"params": params}, x) ** 3))(params)
@@ -119,21 +125,21 @@ def test_fresh_convolution_has_variance_of_fan_avg():
     x = jnp.zeros((1, 8, 8, 64))
     variance = 1 / (9 * (64 + 128) / 2)
     for scale, expected in ((1.0, variance), (0.0, 1e-10 * variance)):
-        params = layers.conv(128, init_scale=scale).init(jax.random.key(0), x)["params"]
+        params = fresh_params(layers.conv(128, init_scale=scale), x)
         np.testing.assert_allclose(np.var(params["kernel"]), expected, rtol=0.02)
         assert np.abs(params["kernel"]).max() < np.sqrt(3.001 * expected)
         assert not params["bias"].any()
-    weight = up_or_down_sampling.Conv2d(128, layers.default_init()).init(jax.random.key(0), x)["params"]["weight"]
+    weight = fresh_params(up_or_down_sampling.Conv2d(128, layers.default_init()), x)["weight"]
     np.testing.assert_allclose(np.var(weight), variance, rtol=0.02)
 
 
 def test_fresh_nin_dense_and_fourier_moments():
     x = jnp.zeros((1, 8, 8, 64))
-    weight = layers.NIN(256).init(jax.random.key(0), x)["params"]["W"]
+    weight = fresh_params(layers.NIN(256), x)["W"]
     np.testing.assert_allclose(np.var(weight), 0.1 / 160, rtol=0.03)
-    kernel = layers.dense(256).init(jax.random.key(0), x)["params"]["kernel"]
+    kernel = fresh_params(layers.dense(256), x)["kernel"]
     np.testing.assert_allclose(np.var(kernel), 1 / 160, rtol=0.03)
-    weight = layerspp.GaussianFourierProjection(4096, 16.0).init(jax.random.key(0), jnp.ones(1))["params"]["W"]
+    weight = fresh_params(layerspp.GaussianFourierProjection(4096, 16.0), jnp.ones(1))["W"]
     np.testing.assert_allclose([np.mean(weight) / 16, np.std(weight) / 16], [0, 1], atol=0.05)
 
 
@@ -141,7 +147,7 @@ def test_fresh_nin_dense_and_fourier_moments():
 def test_a_fresh_block_with_init_scale_zero_is_its_shortcut(case):
     module, x = build(case), jnp.array(BLOCKS["x"])
     args = (x,) if case.startswith("attn") else (x, jnp.array(BLOCKS["temb"]))
-    params = jax.jit(module.init, compiler_options=UNOPTIMISED)(jax.random.key(0), *args)["params"]
+    params = fresh_params(module, *args)
     out = jax.jit(module.apply)({"params": params}, *args) * np.sqrt(2)
     if "biggan" in case:
         shortcut = jnp.einsum("bhwc,co->bhwo", x, params["Conv_2"]["kernel"][0, 0])
@@ -153,7 +159,7 @@ def test_a_fresh_block_with_init_scale_zero_is_its_shortcut(case):
 
 
 def test_uneven_groups_and_unknown_activation_are_refused():
-    with pytest.raises(UserError, match="model.nonlinearity='gelu' is unknown; use one of elu, relu, lrelu, swish"):
+    with pytest.raises(UserError, match=r"model\.nonlinearity='gelu' is unknown; use one of elu, relu, lrelu, swish"):
         layers.get_activation("gelu")
     for channels in (3, 9, 144):
         with pytest.raises(UserError, match=f"{channels} channels"):

@@ -84,8 +84,8 @@ def test_ode_likelihood_of_a_gaussian(name):
     np.testing.assert_allclose(logp, truth, atol=3e-4)  # 1e-4 nats per dimension
     np.testing.assert_allclose(z, z_truth, rtol=1e-4, atol=1e-4 * z_truth.std())
     assert nfe.shape == (5,) and nfe.min() > 20
-    if name == "vp":  # the prior fits its marginal at T, so the flow's density is the data's
-        np.testing.assert_allclose(logp, normal_logp(x, *marginal(name, EPS)), atol=1e-3)
+    if name == "vp":  # up to the prior's misfit (alpha(T) is 0.0066), the flow's density is the data's
+        np.testing.assert_allclose(logp, normal_logp(x, MU, STD), atol=1e-2)
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -144,7 +144,7 @@ def test_probes():
     v = probe(jax.random.key(0), (1000, 3), "gaussian")
     assert abs(float(v.var()) - 1) < 0.1
     assert probe(jax.random.key(0), (1000, 3), "exact") is None
-    with pytest.raises(UserError, match="eval.hutchinson_type='cauchy'"):
+    with pytest.raises(UserError, match=r"eval\.hutchinson_type='cauchy'"):
         probe(jax.random.key(0), (1000, 3), "cauchy")
 
 
@@ -180,11 +180,11 @@ def mean_and_error(sde, score_fn, x, **options):
     ],
 )
 def test_bound_is_tight_at_the_exact_score(name, denoising, importance_weighting):
-    """At the exact score the bound is log p(x) + E[log prior(x_T) - log p_T(x_T) | x]: all it loses is the prior's misfit."""
+    """At the exact score the bound is log p(x) + E[log prior(x_T) - log p_T(x_T) | x]: it loses the prior's misfit."""
     sde, x = SDES[name], np.array([0.5, 0.4, -1.0])
     options = {"denoising": denoising, "importance_weighting": importance_weighting}
     mean, error = mean_and_error(sde, gaussian_score(sde), x, **options)
-    assert error < 0.04
+    assert error < 0.06
     assert mean == pytest.approx(bound_truth(name, x), abs=4 * error)
     if (name, denoising, importance_weighting) == ("vp", True, True):  # no misfit: the ODE's density is the same
         logp, _, _ = ode_log_likelihood(sde, gaussian_score(sde), jnp.asarray(x[None], jnp.float32), None)
@@ -202,7 +202,7 @@ def bound_truth(name, x):
 
 
 def test_bound_of_a_wrong_score():
-    """With the exact score s* plus a constant c, the bound falls by the integral of g^2 / 2 (D c^2 + 2 c E[sum s* | x])."""
+    """The exact score s plus a constant c: the bound falls by the integral of g^2 / 2 (D c^2 + 2 c E[sum s | x])."""
     sde, x, c = SDES["vp"], np.array([0.5, 0.4, -1.0]), 0.3
     score_fn = gaussian_score(sde)
     times = np.linspace(EPS, 1, 20_001)
@@ -223,7 +223,7 @@ def test_bound_without_offset_differs_by_the_offset():
 
 
 def test_offset_is_decoder_against_entropy():
-    """The definition, in float64: -log N(x; (x_eps + sigma^2 s) / alpha, sigma^2 / alpha^2) - entropy of x_eps given x."""
+    """Its definition: -log N(x; (x_eps + sigma^2 s) / alpha, sigma^2 / alpha^2) - entropy of x_eps given x."""
     with jax.enable_x64(True):
         sde, x, eps = SDES["subvp"], data(4), 0.3
         score_fn, noise = gaussian_score(sde), np.random.default_rng(1).normal(size=(4, 3))

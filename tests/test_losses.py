@@ -1,4 +1,4 @@
-"""The losses against truth: exact scores, explicit derivative tensors, closed forms over all probes, finite differences.
+"""The losses against truth: exact scores, explicit derivative tensors, means over all probes, finite differences.
 
 The three tests of the design are all needed: the point mass sees a term that does not vanish, the mixture a wrong
 constant, the explicit tensors a wrong cross term whose mean is zero.
@@ -81,7 +81,7 @@ def mixture_quadrature(alpha, sigma):
     For one component, x_t is Gaussian (many nodes) and so is z given x_t, where the gradient of the losses is a
     polynomial of degree 3 (4 nodes are exact).
     """
-    (p, p_weight), (q, q_weight) = hermite_grid(56), hermite_grid(4)
+    (p, p_weight), (q, q_weight) = hermite_grid(64), hermite_grid(4)
     p, q = np.repeat(p, len(q), axis=0), np.tile(q, (len(p), 1))
     weight = np.outer(p_weight, q_weight).reshape(-1)
     rows = []
@@ -134,7 +134,7 @@ def tiny_net(dim, seed=1):
 
 
 def explicit_terms(sde, score_one, params, frozen, x0, t, z, v, exact):
-    """All terms of one example from the full Jacobian and third-derivative tensor, with `frozen` under the stop-gradients."""
+    """All terms of one example from the full Jacobian and third derivative, with `frozen` under the stop-gradients."""
     dim = len(x0)
     t = jnp.asarray(t)
     alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))

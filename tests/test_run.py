@@ -31,8 +31,8 @@ def tiny_digits(**training):
     return config
 
 
-class Interrupted(Exception):
-    pass
+class InterruptedRunError(Exception):
+    """Stands for a signal."""
 
 
 def interrupt_after(monkeypatch, batches):
@@ -48,7 +48,7 @@ def interrupt_after(monkeypatch, batches):
 
             def __next__(self):
                 if self.left == 0:
-                    raise Interrupted
+                    raise InterruptedRunError
                 self.left -= 1
                 return next(iterator)
 
@@ -62,7 +62,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     whole = run_lib.train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)  # one step after the checkpoint of step 4, with metrics of step 4 logged
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             run_lib.train(config, tmp_path / "parts")
     assert [p.name for p in (tmp_path / "parts/checkpoints-meta").iterdir()] == ["checkpoint_4"]
     resumed = run_lib.train(config, tmp_path / "parts")
@@ -105,7 +105,9 @@ def test_scanned_steps_equal_single_steps(tmp_path):
         config.training.update(batch_size=32, n_iters=6, log_freq=3, eval_freq=3, snapshot_freq=6)
         config.training.update(snapshot_freq_for_preemption=6, n_jitted_steps=jitted, score_matching_order=3)
         states.append(run_lib.train(config, tmp_path / str(jitted)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), states[0].params, states[1].params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), states[0].params, states[1].params
+    )
 
 
 def test_untrained_mixture_has_the_nll_of_its_gaussian(tmp_path):

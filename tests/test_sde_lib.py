@@ -1,4 +1,6 @@
-"""The SDEs against closed forms in 40 digits (mpmath), integrated moments, scipy's distributions and the public code."""
+"""The SDEs against closed forms in 40 digits (mpmath), integrated moments, scipy and the public code."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,9 @@ def test_moments_of_the_forward_sde(name):
         for t, mean, var in zip(solved.t, *solved.y, strict=True):
             m, std = sde.marginal_prob(jnp.full((1, 1), mean0), jnp.array([t]))
             np.testing.assert_allclose(float(m[0, 0]), mean, rtol=1e-7)
-            np.testing.assert_allclose(float(sde.alpha(jnp.float64(t))) ** 2 * var0 + float(std[0]) ** 2, var, rtol=1e-7)
+            np.testing.assert_allclose(
+                float(sde.alpha(jnp.float64(t))) ** 2 * var0 + float(std[0]) ** 2, var, rtol=1e-7
+            )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -124,7 +128,7 @@ def test_importance_weighted_times_are_uniform_in_log_snr(name):
         x = mpf(float(np.exp(u)))
         return float(g_sq(x) / sigma(x) ** 2 * x)
 
-    mass = np.array([integrate.quad(density, np.log(a), np.log(b))[0] for a, b in zip(edges, edges[1:], strict=False)])
+    mass = np.array([integrate.quad(density, np.log(a), np.log(b))[0] for a, b in itertools.pairwise(edges)])
     counts = np.histogram(t, edges)[0]
     assert stats.chisquare(counts, mass / mass.sum() * counts.sum()).pvalue > 1e-3
 

@@ -1,0 +1,62 @@
+"""The import order of the design, read from the sources; and the sizes that keep a file readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOWEST = {"errors"}
+LOW = LOWEST | {"sde_lib", "ode", "configs"}
+MIDDLE = {"checkpoints", "records", "report", "evaluation", "datasets", "likelihood", "sampling", "losses", "models"}
+
+# module -> the project's modules that it may import
+ALLOWED = {
+    "errors": set(),
+    "sde_lib": LOWEST,
+    "ode": LOWEST,
+    "configs": LOWEST | {"configs"},
+    "checkpoints": LOWEST,
+    "records": LOWEST,
+    "report": LOWEST,
+    "datasets": LOWEST,
+    "losses": LOWEST | {"sde_lib"},
+    "likelihood": LOWEST | {"sde_lib", "ode"},
+    "sampling": LOWEST | {"sde_lib", "ode"},
+    "models": LOWEST | {"sde_lib", "models"},
+    "evaluation": LOWEST | {"datasets"},
+    "run_lib": LOW | MIDDLE,
+    "main": LOW | {"run_lib"},
+    "quickstart": LOWEST | {"report"},
+}
+PURE = {"losses", "likelihood", "sampling", "sde_lib", "ode"}
+
+
+def sources():
+    for path in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("models/**/*.py")) + sorted(ROOT.glob("configs/**/*.py")):
+        yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize(("path", "tree"), [pytest.param(*source, id=str(source[0])) for source in sources()])
+def test_imports_run_one_way(path, tree):
+    module = path.parts[0].removesuffix(".py")
+    assert module in ALLOWED, f"{module} has no place in the design"
+    ours = {name for name in imported(tree) if name in ALLOWED}
+    assert ours - ALLOWED[module] == set()
+    if module in PURE:
+        names = set(imported(tree))
+        assert not names & {"absl", "ml_collections", "pathlib", "os"}, f"{module} is pure: no file, no flag"
+
+
+def test_configs_hold_only_what_changes():
+    for path in ROOT.glob("configs/*/*.py"):
+        assert len(path.read_text().splitlines()) <= 30, path

@@ -1,0 +1,103 @@
+"""sampling.ode_sampler on Gaussian data, whose flow map is affine, and the factory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.default_configs import get_default_configs
+from errors import UserError
+from likelihood import ode_log_likelihood
+from sampling import get_sampling_fn, ode_sampler
+from sde_lib import VESDE, VPSDE, subVPSDE
+
+EPS = 1e-5
+SDES = {
+    "vp": VPSDE(beta_min=0.1, beta_max=20.0),
+    "subvp": subVPSDE(beta_min=0.1, beta_max=20.0),
+    "ve": VESDE(sigma_min=0.01, sigma_max=50.0),
+    "linearve": VESDE(sigma_min=0.01, sigma_max=50.0, linear=True),
+}
+MU = np.linspace(-0.5, 0.5, 12).reshape(2, 2, 3)
+STD = np.linspace(0.2, 1.5, 12).reshape(2, 2, 3)
+
+
+def gaussian_score(sde):
+    """The score of N(MU, diag STD^2) diffused to t."""
+
+    def score_fn(x, t):
+        alpha, sigma = (value[:, None, None, None] for value in (sde.alpha(t), sde.sigma(t)))
+        return -(x - alpha * MU) / (jnp.square(alpha * STD) + jnp.square(sigma))
+
+    return score_fn
+
+
+def marginal(sde, t):
+    with jax.enable_x64(True):
+        alpha, sigma = float(sde.alpha(jnp.asarray(t))), float(sde.sigma(jnp.asarray(t)))
+    return alpha * MU, np.sqrt((alpha * STD) ** 2 + sigma**2)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_flow_from_a_latent(name):
+    sde = SDES[name]
+    z = sde.prior_sampling(jax.random.key(0), (6, 2, 2, 3))
+    x, nfe = jax.jit(lambda z: ode_sampler(sde, gaussian_score(sde), z, eps=EPS, denoise=False))(z)
+    (mean_eps, std_eps), (mean_1, std_1) = marginal(sde, EPS), marginal(sde, 1.0)
+    np.testing.assert_allclose(x, mean_eps + std_eps * (z - mean_1) / std_1, atol=5e-4)
+    assert nfe.shape == (6,) and np.all(nfe % 6 == 2)
+
+
+def test_moments_of_the_samples():
+    sde = SDES["vp"]
+    z = sde.prior_sampling(jax.random.key(0), (4000, 2, 2, 3))
+    x, _ = jax.jit(lambda z: ode_sampler(sde, gaussian_score(sde), z, eps=1e-3, denoise=False))(z)
+    np.testing.assert_allclose(x.mean(0), MU, atol=4 * STD.max() / np.sqrt(4000) + 0.01)
+    np.testing.assert_allclose(x.std(0) / STD, 1, atol=4 / np.sqrt(8000) + 0.01)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_sampler_undoes_the_likelihood(name):
+    sde = SDES[name]
+    x = jnp.asarray(MU + STD * np.random.default_rng(0).normal(size=(3, 2, 2, 3)), jnp.float32)
+
+    def score_fn(x, t):
+        return (
+            gaussian_score(sde)(x, t)
+            + 0.1 * jnp.sin(3 * jnp.roll(x, 1, axis=-1)) / (1 + sde.sigma(t))[:, None, None, None]
+        )
+
+    _, z, _ = ode_log_likelihood(sde, score_fn, x, jnp.ones_like(x), eps=EPS, rtol=1e-6, atol=1e-6)
+    back, _ = ode_sampler(sde, score_fn, z, eps=EPS, rtol=1e-6, atol=1e-6, denoise=False)
+    assert float(jnp.abs(z - x).max()) > 0.1
+    np.testing.assert_allclose(back, x, atol=1e-3)
+
+
+def test_denoising_is_the_mean_of_one_reverse_step():
+    sde, eps = SDES["vp"], 0.01
+    score_fn, z = gaussian_score(sde), jax.random.normal(jax.random.key(0), (2, 2, 2, 3))
+    x, nfe = ode_sampler(sde, score_fn, z, eps=eps, denoise=False)
+    denoised, denoised_nfe = ode_sampler(sde, score_fn, z, eps=eps, denoise=True)
+    beta = (0.1 + 19.9 * int(eps * 999) / 999) / 1000  # DDPM's at that step
+    expected = x + (1 - np.sqrt(1 - beta)) * x + beta * score_fn(x, jnp.full(2, eps))
+    np.testing.assert_allclose(denoised, expected, atol=1e-6)
+    assert np.all(denoised_nfe == nfe + 1)
+
+
+def test_factory_samples_images_as_the_config_says():
+    config, sde = get_default_configs().sampling, SDES["vp"]
+    config.noise_removal, config.rtol, config.smallest_time = False, 1e-3, 1e-3
+    sample = get_sampling_fn(config, sde, (2, 2, 3), lambda x: (x + 1) / 2)
+    images, nfe = sample(gaussian_score(sde), jax.random.key(5), 4)
+    z = sde.prior_sampling(jax.random.key(5), (4, 2, 2, 3))
+    x, expected_nfe = ode_sampler(sde, gaussian_score(sde), z, eps=1e-3, rtol=1e-3, atol=1e-5, denoise=False)
+    np.testing.assert_allclose(images, (x + 1) / 2, rtol=1e-6)
+    assert images.shape == (4, 2, 2, 3) and np.all(nfe == expected_nfe)
+
+
+@pytest.mark.parametrize(("method", "message"), [("pc", "not available yet"), ("euler", "'euler' is unknown")])
+def test_factory_refuses_what_it_does_not_have(method, message):
+    config = get_default_configs().sampling
+    config.method = method
+    with pytest.raises(UserError, match=message):
+        get_sampling_fn(config, SDES["vp"], (2, 2, 3), lambda x: x)
