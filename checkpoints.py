@@ -1,8 +1,8 @@
 """Checkpoints: saved atomically by orbax as plain nested dicts of arrays, checked against the config when read.
 
-A checkpoint is a folder `checkpoint_<number>` with the training state and, beside it, a JSON record (config, position of
-the data iterator, metrics not yet logged). orbax writes to a temporary name and renames, so a folder of the final name
-is whole.
+A checkpoint is a folder `checkpoint_<number>` with the training state and, beside it, a JSON record (config, position
+of the data iterator, metrics not yet logged). orbax writes to a temporary name and renames, so a folder of the final
+name is whole.
 """
 
 import re

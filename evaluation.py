@@ -40,7 +40,7 @@ def gaussian_bits_per_dim(dataset: datasets.Dataset, data_config: Any, seed: int
 
 
 def density_grid(dataset: datasets.Dataset, points: int = 4001, points_2d: int = 100):
-    """A regular grid over 1-D or 2-D data with a margin: points [M, D] (2-D: row-major, ij), the cell's volume, data."""
+    """A regular grid over 1-D or 2-D data with a margin: points [M, D] (2-D: row-major), the cell's volume, data."""
     data = np.stack([dataset.test[i] for i in range(min(5000, len(dataset.test)))])
     dim = data.shape[1]
     margin = 0.25 * (data.max(axis=0) - data.min(axis=0))

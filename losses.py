@@ -107,10 +107,12 @@ def dsm_losses(
         x0: clean data. t: times in (0, T]. z: the noise of the forward process.
         v: probe with E[v v^T] = I; Rademacher in the paper. Not used, and may be None, at order 1 and if `exact`.
     Raises:
-        ValueError: order other than 1, 2, 3.
+        ValueError: order other than 1, 2, 3, or no probe where one is needed.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"score matching order {order} is unknown; use 1, 2 or 3")
+    if v is None and order > 1 and not exact:
+        raise ValueError(f"score matching order {order} needs a probe v, or exact=True")
     batch, dim = x0.shape[0], math.prod(x0.shape[1:])
     mean, std = sde.marginal_prob(x0, t)
     sigma = std[:, None]  # [B, 1]
@@ -125,7 +127,7 @@ def dsm_losses(
         second, third = _exact_losses(sigma, z + sigma * sg(s), jac, grad_trace)
         terms = zero, second, third
     else:
-        v = None if v is None else v.reshape(batch, dim)
+        v = jnp.zeros_like(z) if v is None else v.reshape(batch, dim)
         s, jv, grad_vjv = _probe_derivatives(score, x, v, order)
         terms = _probe_losses(sigma, z + sigma * sg(s), v, jv, grad_vjv)
     first = jnp.mean(jnp.square(sigma * s + z), axis=-1)
@@ -184,7 +186,7 @@ class Draws(NamedTuple):
 def draw(
     sde: SDE, key: PRNGKeyArray, index: Int[Array, "B"], shape: tuple[int, ...], *, eps: float, importance: bool
 ) -> Draws:
-    """Time, noise and Rademacher probe of each example: a function of (key, index) alone, whatever the batch or device."""
+    """Time, noise and Rademacher probe of each example: a function of (key, index) alone, whatever the device."""
 
     def draw_one(i):
         t_key, z_key, v_key = jax.random.split(jax.random.fold_in(key, i), 3)

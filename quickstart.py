@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import report
 from errors import UserError
@@ -54,7 +55,7 @@ def main() -> None:
     digits = args.workdir / "digits"
     with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 1 else 1) as pool:
         # longest first, so that the two columns end together
-        jobs = {
+        jobs: dict[Any, Future] = {
             "digits": pool.submit(train_and_evaluate, DIGITS, digits, f"--config.training.n_iters={args.digits_steps}")
         }
         for order in (3, 2, 1):

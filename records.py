@@ -23,7 +23,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     temporary.replace(path)
 
 
@@ -48,7 +48,7 @@ class MetricsLog:
 
 
 class Pending:
-    """The training metrics of the steps since the last log line; part of a checkpoint, so that a resume logs the same."""
+    """The training metrics since the last log line; part of a checkpoint, so that a resume logs the same."""
 
     def __init__(self, values: dict[str, list[float]] | None = None):
         self.values = values or {}

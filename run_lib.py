@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import logging
 from flax import linen as nn
@@ -29,13 +28,15 @@ from errors import UserError
 from models.score import get_score_fn
 from records import MetricsLog, Pending, write_json, write_npz
 
+Config = Any  # an ml_collections.ConfigDict, whose keys have no types
+
 TERMS = ("loss", "first", "second", "third")
 
 
 class Parts(NamedTuple):
     """What both jobs are built from."""
 
-    config: ml_collections.ConfigDict
+    config: Config
     sde: sde_lib.SDE
     dataset: datasets.Dataset
     model: nn.Module
@@ -60,7 +61,7 @@ class Parts(NamedTuple):
         )
 
 
-def build(config: ml_collections.ConfigDict) -> Parts:
+def build(config: Config) -> Parts:
     """Checks the config and makes the parts. UserError says what is wrong with the config or the data."""
     check_config(config)
     devices = jax.device_count()
@@ -77,8 +78,12 @@ def build(config: ml_collections.ConfigDict) -> Parts:
 
 
 def _replicate(tree):
-    """One copy for each local device, on a new leading axis, as pmap wants it."""
-    return jax.tree.map(lambda x: jnp.stack([x] * jax.local_device_count()), tree)
+    """One copy for each local device, on a new leading axis.
+
+    The pmapped identity puts it where pmap's own results lie; else the first step would be compiled twice.
+    """
+    copies = jax.tree.map(lambda x: np.stack([x] * jax.local_device_count()), tree)
+    return jax.pmap(lambda x: x)(copies) if jax.tree.leaves(copies) else copies
 
 
 def _first(tree):
@@ -89,6 +94,15 @@ def _first(tree):
 def _shard(x: np.ndarray) -> np.ndarray:
     """[B, ...] to [local devices, B / devices, ...]."""
     return x.reshape(jax.local_device_count(), -1, *x.shape[1:])
+
+
+def _unrolled(step_fn, state, xs):
+    """`jax.lax.scan` without the loop: even one of length 1, or one that scan itself unrolls, is slow on the CPU."""
+    outputs = []
+    for x in xs:
+        state, output = step_fn(state, x)
+        outputs.append(output)
+    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def _grouped(loader: Iterator[dict], n: int) -> Iterator[np.ndarray]:
@@ -167,7 +181,7 @@ def _inverse_scaler(parts: Parts):
     return lambda x: x
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> losses.TrainState:
+def train(config: Config, workdir: str | Path) -> losses.TrainState:
     """Trains to `training.n_iters` steps, or on from the newest checkpoint in `workdir/checkpoints-meta`.
 
     Writes `checkpoints/` (kept), `checkpoints-meta/` (the newest, for resuming), `metrics.jsonl`, `tensorboard/`,
@@ -195,10 +209,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> losses.Trai
     log = MetricsLog(workdir, step)
     loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
     step_fn = losses.get_step_fn(loss_fn, parts.optimizer, config.model.ema_rate)
-    # XLA on the CPU differentiates convolution kernels some 40 times slower inside a loop: no loop there for images.
-    unroll = jax.default_backend() == "cpu" and parts.dataset.is_image
-    scan = functools.partial(jax.lax.scan, step_fn, unroll=unroll)
-    p_step = jax.pmap(scan, axis_name="batch", donate_argnums=0)
+    # XLA on the CPU differentiates convolution kernels some 10 to 40 times slower inside a loop: no loop for images.
+    scan = _unrolled if jax.default_backend() == "cpu" and parts.dataset.is_image else jax.lax.scan
+    p_step = jax.pmap(functools.partial(scan, step_fn), axis_name="batch", donate_argnums=0)
     eval_loss = _eval_loss_fn(parts)
     n_params = sum(x.size for x in jax.tree.leaves(state.params))
     logging.info(
@@ -265,7 +278,7 @@ def _save_samples(parts: Parts, p_state, draw_samples, path: Path, step: int) ->
         write_npz(path.with_suffix(".npz"), samples=samples)
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str | Path, eval_folder: str = "eval") -> list[dict]:
+def evaluate(config: Config, workdir: str | Path, eval_folder: str = "eval") -> list[dict]:
     """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` (0 and 0: the newest) with the EMA parameters.
 
     Writes `report_<n>.json`, `bpd_<n>.npz`, `samples_<n>.npz` and, for synthetic data, `density_<n>.npz` into

@@ -1,4 +1,4 @@
-"""Every config key with its default. A default stands here once; the other files of `configs/` hold only what they change.
+"""Every config key with its default. A default stands here once; the other files here hold only what they change.
 
 A key that is not here does not exist: `configs.check.check_config` refuses it by name.
 """

@@ -251,6 +251,9 @@ def test_unknown_order():
     t, z, v = draws(2, (2,))
     with pytest.raises(ValueError, match="order 4"):
         losses.dsm_losses(SDES["vp"], lambda x, t: x, z, t, z, v, 4)
+    with pytest.raises(ValueError, match="needs a probe"):
+        losses.dsm_losses(SDES["vp"], lambda x, t: x, z, t, z, None, 2)
+    assert losses.dsm_losses(SDES["vp"], lambda x, t: x, z, t, z, None, 1).first.shape == (2,)
 
 
 @all_sdes
