@@ -77,7 +77,7 @@ def build(config: Config) -> Parts:
     )
 
 
-def _replicate(tree):
+def replicate(tree):
     """One copy for each local device, on a new leading axis.
 
     The pmapped identity puts it where pmap's own results lie; else the first step would be compiled twice.
@@ -96,7 +96,7 @@ def _shard(x: np.ndarray) -> np.ndarray:
     return x.reshape(jax.local_device_count(), -1, *x.shape[1:])
 
 
-def _unrolled(step_fn, state, xs):
+def unrolled(step_fn, state, xs):
     """`jax.lax.scan` without the loop: even one of length 1, or one that scan itself unrolls, is slow on the CPU."""
     outputs = []
     for x in xs:
@@ -129,13 +129,14 @@ def _restore_or_init(parts: Parts, directory: Path) -> tuple[losses.TrainState, 
 
 
 def _eval_loss_fn(parts: Parts):
-    """(ema_params, model_state) -> terms, on the first training batch's worth of test examples.
+    """(ema_params, model_state) -> terms, on the first test examples: a training batch of images, eight of points.
 
-    The same images, times, noise and probes every time, so that the curve shows the network and not the draw.
+    The same examples, times, noise and probes every time, so that the curve shows the network and not the draw.
     """
     config = parts.config
     devices = jax.local_device_count()
-    size = min(config.training.batch_size // jax.process_count(), len(parts.dataset.test)) // devices * devices
+    size = config.training.batch_size * (1 if parts.dataset.is_image else 8) // jax.process_count()
+    size = min(size, len(parts.dataset.test)) // devices * devices
     if size == 0:
         raise UserError(f"the test split of {parts.dataset.name} has fewer examples than there are devices, {devices}")
     dequantize = config.data.uniform_dequantization
@@ -209,8 +210,9 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
     log = MetricsLog(workdir, step)
     loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
     step_fn = losses.get_step_fn(loss_fn, parts.optimizer, config.model.ema_rate)
-    # XLA on the CPU differentiates convolution kernels some 10 to 40 times slower inside a loop: no loop for images.
-    scan = _unrolled if jax.default_backend() == "cpu" and parts.dataset.is_image else jax.lax.scan
+    # XLA on the CPU is slow at differentiating convolution kernels inside a loop: none for images there
+    # (benchmarks/unrolled_steps.py).
+    scan = unrolled if jax.default_backend() == "cpu" and parts.dataset.is_image else jax.lax.scan
     p_step = jax.pmap(functools.partial(scan, step_fn), axis_name="batch", donate_argnums=0)
     eval_loss = _eval_loss_fn(parts)
     n_params = sum(x.size for x in jax.tree.leaves(state.params))
@@ -231,7 +233,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
         saved = {"loader": loader.get_state(), "pending": pending.flush(), "config": config.to_dict()}
         checkpoints.save(workdir / folder, _first(p_state), number, saved, keep)
 
-    p_state = _replicate(state)
+    p_state = replicate(state)
     last_time, last_step = time.monotonic(), step
     draw_samples = None
     for batch in _grouped(loader, training.n_jitted_steps):
@@ -296,7 +298,7 @@ def evaluate(config: Config, workdir: str | Path, eval_folder: str = "eval") -> 
     for path in paths:
         number = int(path.name.rpartition("_")[2])
         state = checkpoints.into(target, checkpoints.restore(path).state, path)
-        params, model_state = _replicate(state.ema_params), _replicate(state.model_state)
+        params, model_state = replicate(state.ema_params), replicate(state.model_state)
         result: dict[str, Any] = {"checkpoint": number, "step": int(state.step), "dataset": parts.dataset.name}
         if config.eval.enable_bpd:
             result |= _evaluate_likelihood(parts, params, model_state, out, number)

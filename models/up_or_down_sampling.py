@@ -1,9 +1,9 @@
 """Resampling of images [B, H, W, C] by FIR filters, alone or together with a convolution (StyleGAN2, arXiv 1912.04958).
 
-All filters are separable and given by their taps along one axis; they are normalised to sum to one. An axis is filtered
-by a product with a constant banded matrix: fast on every device, with derivatives of any order of the same kind. On the
-CPU a depthwise convolution is up to a hundred times slower, and a sum of shifted slices is fused by XLA into what comes
-before it, which is then computed again for every tap: a training step of the digits took 1.4 s instead of 0.04.
+All filters are separable and given by their taps along one axis; they are normalised to sum to one. An axis is
+filtered by a product with a constant banded matrix: quick on every device, with derivatives of any order of the same
+kind. On the CPU a depthwise convolution is slow, and a sum of shifted slices is fused by XLA into what comes before it,
+which is then computed again for every tap.
 """
 
 import functools

@@ -110,6 +110,24 @@ def test_scanned_steps_equal_single_steps(tmp_path):
     )
 
 
+def test_four_devices_equal_one(tmp_path):
+    """The same seed and global batches on one device and on four forced host devices."""
+    states = []
+    for devices in (1, 4):
+        workdir = tmp_path / str(devices)
+        overrides = {"batch_size": 32, "n_iters": 4, "n_jitted_steps": 2, "log_freq": 2, "eval_freq": 4}
+        overrides |= {"snapshot_freq": 4, "snapshot_freq_for_preemption": 4, "score_matching_order": 3}
+        arguments = [f"--config.training.{key}={value}" for key, value in overrides.items()]
+        arguments += ["--config.model.nf=8", "--config.model.num_layers=1", f"--workdir={workdir}"]
+        done = main("--config=configs/toy/mog_vp.py", "--mode=train", *arguments, devices=devices)
+        assert done.returncode == 0, done.stderr
+        states.append(checkpoints.restore(workdir / "checkpoints/checkpoint_1").state)
+        assert f"on {devices} cpu device" in (workdir / "stdout.txt").read_text()
+    for part in ("params", "ema_params"):
+        pairs = [states[0][part], states[1][part]]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *pairs)
+
+
 def test_untrained_mixture_has_the_nll_of_its_gaussian(tmp_path):
     """The MLP starts as the exact score of N(0, sigma_data^2): its NLL on the mixture has a closed form."""
     config = get_toy_configs("vesde", "mog")
