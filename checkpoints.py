@@ -2,11 +2,14 @@
 
 A checkpoint is a folder `checkpoint_<number>` with the training state and, beside it, a JSON record (config, position
 of the data iterator, metrics not yet logged). orbax writes to a temporary name and renames, so a folder of the final
-name is whole.
+name is whole. A FILE of that name is a checkpoint of the public code, see `legacy`; it is read like ours.
+
+python -m checkpoints export PATH OUT   writes one of ours as the public code would
 """
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from errors import UserError
+from legacy import export_legacy, in_structure_of, load_legacy
 
 _NAME = re.compile(r"checkpoint_(\d+)")
 
@@ -51,6 +55,8 @@ def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] 
     """
     path = Path(directory).absolute() / f"checkpoint_{number}"
     arrays = {k: np.asarray(v) for k, v in _flat(jax.device_get(state)).items()}
+    if path.is_file():  # of the public code: nobody's download is overwritten
+        path.replace(path.with_name(f"{path.name}.legacy"))
     with _checkpointer() as checkpointer:
         checkpointer.save(
             path,
@@ -58,7 +64,9 @@ def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] 
             force=True,
         )
     for old in all_numbers(directory)[:-keep] if keep else []:
-        shutil.rmtree(Path(directory) / f"checkpoint_{old}")
+        outdated = Path(directory) / f"checkpoint_{old}"
+        if outdated.is_dir():
+            shutil.rmtree(outdated)
     return path
 
 
@@ -87,8 +95,13 @@ def find(directory: str | Path, number: int) -> Path:
 
 
 def restore(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint that `save` wrote; arrays as numpy. UserError if it is missing or cannot be read."""
+    """Reads a checkpoint that `save` wrote, or a file of the public code (its record is empty); arrays as numpy.
+
+    UserError if it is missing or cannot be read.
+    """
     path = Path(path).absolute()
+    if path.is_file():
+        return Checkpoint(load_legacy(path), {})
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     try:
@@ -111,6 +124,8 @@ def into(target: Any, state: dict[str, Any], where: str | Path) -> Any:
     Raises:
         UserError: naming the first parameter that is missing, extra, or of another shape: another architecture.
     """
+    if "ema_rate" in state:  # of `load_legacy`
+        state = in_structure_of(target, state)
     wanted, have = _flat(target), _flat(state)
     hint = "it was made with another config; use the one that made it"
     for name, leaf in wanted.items():
@@ -128,3 +143,26 @@ def into(target: Any, state: dict[str, Any], where: str | Path) -> Any:
         flax.serialization.to_state_dict(target), keep_empty_nodes=True, sep="/"
     )
     return flax.serialization.from_state_dict(target, _nested({**structure, **values}))
+
+
+def export(path: str | Path, out: str | Path) -> None:
+    """Writes one of our checkpoints in the public code's layout, with lr and EMA rate of its config. Or UserError."""
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file, so in the public code's layout already; give one of our checkpoint folders")
+    if Path(out).exists():
+        raise UserError(f"{out} exists; give the name of a new file")
+    state, record = restore(path)
+    try:
+        lr, ema_rate = record["config"]["optim"]["lr"], record["config"]["model"]["ema_rate"]
+    except KeyError as error:
+        raise UserError(f"checkpoint {path} has no {error} in its record, which says lr and EMA rate") from error
+    export_legacy(state, out, lr, ema_rate)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] != "export":
+        sys.exit("usage: python -m checkpoints export PATH OUT   (PATH: a folder checkpoint_<number>; OUT: a new file)")
+    try:
+        export(*sys.argv[2:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -43,11 +43,16 @@ def train_and_evaluate(config: str, workdir: Path, *overrides: str) -> dict:
     return max(results, key=lambda result: result["step"])
 
 
+def steps(n: int) -> tuple[str, str]:
+    """Overrides: n training steps, one snapshot at their end."""
+    return f"--config.training.n_iters={n}", f"--config.training.snapshot_freq={n}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--mog_steps", type=int, default=20_000, help="training steps of each order")
-    parser.add_argument("--digits_steps", type=int, default=1_500)
+    parser.add_argument("--digits_steps", type=int, default=1_800)
     args = parser.parse_args()
     args.workdir.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -55,15 +60,9 @@ def main() -> None:
     digits = args.workdir / "digits"
     with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 1 else 1) as pool:
         # longest first, so that the two columns end together
-        jobs: dict[Any, Future] = {
-            "digits": pool.submit(train_and_evaluate, DIGITS, digits, f"--config.training.n_iters={args.digits_steps}")
-        }
+        jobs: dict[Any, Future] = {"digits": pool.submit(train_and_evaluate, DIGITS, digits, *steps(args.digits_steps))}
         for order in (3, 2, 1):
-            overrides = (
-                f"--config.training.score_matching_order={order}",
-                f"--config.training.n_iters={args.mog_steps}",
-                f"--config.training.snapshot_freq={args.mog_steps}",
-            )
+            overrides = (f"--config.training.score_matching_order={order}", *steps(args.mog_steps))
             jobs[order] = pool.submit(train_and_evaluate, MOG, args.workdir / f"mog_order{order}", *overrides)
         results = {name: job.result() for name, job in jobs.items()}
 

@@ -118,14 +118,37 @@ def _snapshot_number(config, step: int) -> int:
 
 
 def _restore_or_init(parts: Parts, directory: Path) -> tuple[losses.TrainState, dict[str, Any]]:
-    """The newest resume checkpoint and its record, or a fresh state."""
+    """The newest resume checkpoint and its record, or the state to start from."""
     state = parts.init_state()
     path = checkpoints.latest(directory)
     if path is None:
-        return state, {}
+        return _init_from(parts.config.training, state), {}
     restored = checkpoints.restore(path)
     logging.info("resuming from %s", path)
     return checkpoints.into(state, restored.state, path), restored.record
+
+
+def _init_from(training: Config, state: losses.TrainState) -> losses.TrainState:
+    """A fresh state with the parameters and EMA of the checkpoint `training.init_from`, if one is given.
+
+    With `training.init_optimizer` Adam's moments, its count (and the warm-up's) and the step go on from there as well.
+    """
+    path = training.init_from
+    if not path:
+        if training.init_optimizer:
+            raise UserError("training.init_optimizer=True needs training.init_from, the checkpoint to take it from")
+        return state
+    source = checkpoints.into(state, checkpoints.restore(path).state, path)
+    logging.info("starting from the parameters of %s, step %d", path, int(source.step))
+    if not training.init_optimizer:
+        return state.replace(params=source.params, ema_params=source.ema_params, model_state=source.model_state)
+    step, jitted = int(source.step), training.n_jitted_steps
+    if step % jitted or step >= training.n_iters:
+        raise UserError(
+            f"training.init_optimizer=True goes on from step {step} of {path}: training.n_iters={training.n_iters} "
+            f"must be above it and training.n_jitted_steps={jitted} must divide it"
+        )
+    return source.replace(key=state.key)
 
 
 def _eval_loss_fn(parts: Parts):

@@ -30,6 +30,8 @@ def get_default_configs() -> ConfigDict:
     training.snapshot_freq = 50_000
     training.snapshot_freq_for_preemption = 10_000
     training.snapshot_sampling = True
+    training.init_from = ""  # a checkpoint, ours or of the public code, whose parameters and EMA a new run starts with
+    training.init_optimizer = False  # also its Adam moments, count and step
 
     config.optim = optim = ConfigDict()
     optim.optimizer = "Adam"

@@ -15,9 +15,9 @@ def get_digits_configs() -> ConfigDict:
         snapshot_freq=1_000,
         snapshot_freq_for_preemption=500,
     )
-    config.optim.update(lr=2e-3, warmup=100)
+    config.optim.update(lr=3e-3, warmup=100)
     config.data.update(dataset="DIGITS", image_size=8, num_channels=1, random_flip=False)
     config.data.uniform_dequantization = True
-    config.model.update(nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, ema_rate=0.99)
+    config.model.update(nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, ema_rate=0.995)
     config.eval.update(batch_size=300, num_repeats=1, num_samples=64, gaussian_baseline=True)
     return config

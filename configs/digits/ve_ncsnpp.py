@@ -6,5 +6,5 @@ from configs.default_digits_configs import get_digits_configs
 def get_config():
     config = get_digits_configs()
     config.training.sde = "vesde"
-    config.model.update(sigma_min=0.005, sigma_max=10.0)
+    config.model.update(sigma_min=0.005, sigma_max=4.0)
     return config
