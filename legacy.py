@@ -75,20 +75,12 @@ def _read(path: Path) -> Any:
 
     with path.open("rb") as file:
         # No lists: flax writes sequences as maps, and a nest of long lists, each empty so far, would fill the memory.
-        limits = {"max_ext_len": size, "max_str_len": _MAX_NAME, "max_map_len": _MAX_IN_MAP, "max_array_len": 0}
-        unpacker = msgpack.Unpacker(
-            file,
-            read_size=min(size, 2**20),
-            max_buffer_size=size,
-            max_bin_len=0,
-            ext_hook=_array,
-            object_hook=on_map,
-            **limits,
-        )
+        limits = {"max_array_len": 0, "max_map_len": _MAX_IN_MAP, "max_str_len": _MAX_NAME, "max_bin_len": 0}
+        sizes = {"read_size": min(size, 2**20), "max_buffer_size": size, "max_ext_len": size}
+        unpacker = msgpack.Unpacker(file, ext_hook=_array, object_hook=on_map, **limits, **sizes)
         tree = unpacker.unpack()
-        if unpacker.tell() != size:
-            what = "" if isinstance(tree, dict) else f", which is {type(tree).__name__} and not a map"
-            raise ValueError(f"{size - unpacker.tell()} bytes follow its first object{what}")
+        if isinstance(tree, dict) and unpacker.tell() != size:
+            raise ValueError(f"{size - unpacker.tell()} bytes follow its end")
     return tree
 
 
@@ -216,10 +208,10 @@ def _of_group_norm(name: tuple[str, ...]) -> bool:
 def _number(value: Any, name: str, dtype: type) -> np.ndarray:
     """A python number or an array [] as an array [] of `dtype`; integers below zero or above its range are refused."""
     array = np.asarray(value if isinstance(value, int | float | np.ndarray) else ())
-    integer = np.issubdtype(dtype, np.integer)
+    integer = dtype is np.int32
     if array.shape != () or array.dtype.kind not in ("iu" if integer else "fiu"):
         raise ValueError(f"{name} is not {'an integer' if integer else 'a number'}")
-    if integer and not 0 <= int(array) <= np.iinfo(dtype).max:
+    if integer and not 0 <= int(array) < 2**31:
         raise ValueError(f"{name} is {int(array)}")
     return array.astype(dtype)
 
@@ -239,7 +231,7 @@ def in_structure_of(target: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     stateful = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
     opt_state = jax.tree.map(filled, target.opt_state, is_leaf=lambda node: isinstance(node, stateful))
     fields = ("step", "params", "ema_params", "model_state", "key")
-    return {"opt_state": opt_state, **{name: state[name] for name in fields}}
+    return {**{name: state[name] for name in fields}, "opt_state": opt_state}
 
 
 def export_legacy(state: Mapping[str, Any], path: str | Path, lr: float, ema_rate: float) -> None:
@@ -254,12 +246,10 @@ def export_legacy(state: Mapping[str, Any], path: str | Path, lr: float, ema_rat
     trees = state["params"], state["ema_params"], adam["mu"], adam["nu"]
     params, ema_params, mu, nu = (_old_shapes(tree) for tree in trees)
     nested = flax.traverse_util.unflatten_dict
+    adam_state = {"step": np.asarray(adam["count"], np.int32), "param_states": nested(_with_moments(mu, nu))}
     tree = {
         "step": np.asarray(state["step"], np.int32),
-        "optimizer": {
-            "target": nested(params),
-            "state": {"step": np.asarray(adam["count"], np.int32), "param_states": nested(_with_moments(mu, nu))},
-        },
+        "optimizer": {"target": nested(params), "state": adam_state},
         "lr": np.asarray(lr, np.float32),
         "model_state": dict(state.get("model_state") or {}),
         "ema_rate": np.asarray(ema_rate, np.float32),
@@ -280,7 +270,7 @@ def _find_adam(node: Any) -> Mapping[str, Any] | None:
     """The first map {count, mu, nu} in nested dicts."""
     if not isinstance(node, Mapping) or {"count", "mu", "nu"} <= node.keys():
         return node if isinstance(node, Mapping) else None
-    return next((found for child in node.values() if (found := _find_adam(child)) is not None), None)
+    return next(filter(None, map(_find_adam, node.values())), None)
 
 
 def _old_shapes(tree: Mapping[str, Any]) -> Leaves:

@@ -286,7 +286,7 @@ def get_step_fn(
         metrics = jax.tree.map(jnp.mean, terms)
         if axis_name:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_rate)

@@ -7,7 +7,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 from jaxtyping import install_import_hook
 
-CHECKED = ["sde_lib", "losses", "ode", "likelihood", "sampling", "datasets", "checkpoints", "report", "models"]
+CHECKED = [
+    "sde_lib",
+    "losses",
+    "ode",
+    "likelihood",
+    "sampling",
+    "datasets",
+    "checkpoints",
+    "legacy",
+    "records",
+    "report",
+    "evaluation",
+    "models",
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 # Compile time rules the tests' time: a second run finds most programs here.

@@ -57,42 +57,41 @@ def relative_norm(actual, expected):
     return float(optax.tree.norm(difference) / optax.tree.norm(expected))
 
 
+def counts(state):
+    """The step, Adam's count and the warm-up's."""
+    return state.step, *(count for _, count in optax.tree_utils.tree_get_all_with_path(state.opt_state, "count"))
+
+
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_terms_of_every_order_and_weighting(name):
     arrays = load_golden(f"loss_{name}.npz")
     params = load_params(arrays)
-
-    def per_example(public):
-        sde, score_fn_of = set_up(arrays, public)
-        return sde, jit(lambda x0, draws: losses.dsm_losses(sde, score_fn_of(params), x0, *draws, 3))
-
-    compiled = {}
+    sde, score_fn_of = set_up(arrays, public=name == "vp")
+    evaluate = jit(lambda x0, draws: losses.dsm_losses(sde, score_fn_of(params), x0, *draws, 3))
     for case in CASES[name]:
         draws = draws_of(arrays, f"{case}/")
-        public = name == "vp" and bool(in_series(draws.t).any())
-        if public not in compiled:
-            compiled[public] = per_example(public)
-        sde, evaluate = compiled[public]
+        if name == "vp":  # the branch acts in the one case only whose times are drawn by importance
+            ours = sde_lib.VPSDE().sigma(draws.t)
+            np.testing.assert_array_equal(ours == sde.sigma(draws.t), ~in_series(draws.t))
+            assert in_series(draws.t).any() == (case == "lw1_iw1")
         terms = evaluate(jnp.asarray(arrays["data"]), draws)
         weight = losses.first_order_weight(sde, draws.t, likelihood="lw1" in case, importance="iw1" in case)
-        for term, key in zip(
-            (weight * terms.first, *terms[1:]), ("loss1", "loss2_trace", "loss2_frob", "loss3"), strict=True
-        ):
-            expected = arrays[f"{case}/{key}_per_sample"]
-            print(case, public, key, np.max(np.abs(term / expected - 1)))
-            np.testing.assert_allclose(term, expected, rtol=1e-4, err_msg=f"{case} {key}")
-        total = jnp.mean(weight * terms.first + terms.second_trace + terms.second_frobenius + terms.third)
+        first = weight * terms.first
+        for key, term in zip(("loss1", "loss2_trace", "loss2_frob", "loss3"), (first, *terms[1:]), strict=True):
+            np.testing.assert_allclose(term, arrays[f"{case}/{key}_per_sample"], rtol=1e-4, err_msg=f"{case} {key}")
+        total = jnp.mean(first + terms.second_trace + terms.second_frobenius + terms.third)
         np.testing.assert_allclose(total, arrays[f"{case}/order3"][0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", [1, *(pytest.param(order, marks=pytest.mark.slow) for order in (2, 3))])
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_parameter_gradients(name, order):
     arrays = load_golden(f"loss_{name}.npz")
     config = golden_config(arrays)
     config.training.score_matching_order = order
     draws, x0 = draws_of(arrays, "lw0_iw0/"), jnp.asarray(arrays["data"])
-    sde, score_fn_of = set_up(arrays, public=name == "vp" and bool(in_series(draws.t).any()))
+    sde, score_fn_of = set_up(arrays)
+    assert name == "ve" or not in_series(draws.t).any()
     loss_fn = losses.get_loss_fn(config.training, sde, lambda params, state, key: score_fn_of(params))
 
     @jit
@@ -103,7 +102,6 @@ def test_parameter_gradients(name, order):
     (loss, _), grad = loss_and_grad(load_params(arrays))
     expected = load_params(load_golden(f"lossgrad_{name}_order{order}.npz"), "grad:")
     np.testing.assert_allclose(loss, arrays[f"lw0_iw0/order{order}"][0], rtol=1e-4)
-    print(name, order, relative_norm(grad, expected))
     assert relative_norm(grad, expected) < 1e-4
 
 
@@ -112,7 +110,7 @@ def test_recorded_optimiser_steps_give_the_recorded_checkpoint(name):
     arrays = load_golden(f"ckpt_{name}_steps.npz")
     config = golden_config(arrays)
     assert config.training.score_matching_order == int(arrays["order"])
-    assert not any(in_series(arrays[f"step{i}_t"]).any() for i in range(3))
+    assert name == "ve" or not any(in_series(arrays[f"step{i}_t"]).any() for i in range(3))
     sde, score_fn_of = set_up(arrays)
     optimizer = losses.get_optimizer(config.optim)
     loss_fn = losses.get_loss_fn(config.training, sde, lambda params, state, key: score_fn_of(params))
@@ -131,20 +129,20 @@ def test_recorded_optimiser_steps_give_the_recorded_checkpoint(name):
         state, metrics = step(state, jnp.asarray(arrays[f"step{i}_data"]), draws_of(arrays, f"step{i}_"))
         ours = [metrics[key] for key in ("loss", "first", "second", "third", "grad_norm")]
         recorded = [*arrays[f"step{i}_losses"], arrays[f"step{i}_grad_norm"]]
-        print(name, i, np.array(ours) / np.array(recorded) - 1)
         np.testing.assert_allclose(ours, recorded, rtol=1e-4)
 
     path = GOLDEN / f"ckpt_{name}" / "checkpoint_3"
     saved = checkpoints.into(state, checkpoints.load_legacy(path), path)
     final = load_params(arrays, "final_params:")
     assert relative_norm(saved.params, final) == 0
-    moved = relative_norm(jax.tree.map(jnp.subtract, state.params, params), jax.tree.map(jnp.subtract, final, params))
-    print(name, relative_norm(state.params, final), relative_norm(state.ema_params, saved.ema_params), moved)
-    assert relative_norm(state.params, final) < 1e-4
-    assert relative_norm(state.ema_params, saved.ema_params) < 1e-4
+    assert relative_norm(state.params, final) < 1e-5
+    assert relative_norm(state.ema_params, saved.ema_params) < 1e-5
+    moved, wanted = (jax.tree.map(jnp.subtract, new, params) for new in (state.params, final))
+    assert relative_norm(moved, wanted) < 2e-4  # the steps themselves, a thousandth of the parameters
     for leaf, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(final), strict=True):
         assert relative_error(leaf, expected) < 1e-4
-    ours, theirs = (optax.tree_utils.tree_get(s.opt_state, "mu") for s in (state, saved))
-    print("mu", relative_norm(ours, theirs))
-    ours, theirs = (optax.tree_utils.tree_get(s.opt_state, "nu") for s in (state, saved))
-    print("nu", relative_norm(ours, theirs))
+    for moment in ("mu", "nu"):  # mu is a sum of the three clipped gradients
+        ours, theirs = (optax.tree_utils.tree_get(s.opt_state, moment) for s in (state, saved))
+        assert relative_norm(ours, theirs) < 1e-4
+    for ours, theirs in zip(counts(state), counts(saved), strict=True):
+        assert int(ours) == int(theirs) == 3
