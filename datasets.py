@@ -78,9 +78,21 @@ def load(data_config: Any) -> Dataset:
     if name not in _DATASETS:
         raise UserError(f"data.dataset={name!r} is not known; use one of {', '.join(sorted(_DATASETS))}")
     dataset = _DATASETS[name](data_config)
+    if dataset.is_image and (dataset.shape[-1], data_config.num_channels) == (1, 3):
+        return _gray_as_rgb(dataset)
     if dataset.is_image and dataset.shape[-1] != data_config.num_channels:
         raise UserError(f"data.num_channels={data_config.num_channels}: {name} has {dataset.shape[-1]}; set it to that")
     return dataset
+
+
+def _gray_as_rgb(dataset: Dataset) -> Dataset:
+    """The one channel three times, for a network of colour images."""
+
+    def repeated(source: Source) -> Source:
+        return _Lazy(len(source), lambda index: np.repeat(source[index], 3, axis=-1))
+
+    shape = (*dataset.shape[:2], 3)
+    return dataclasses.replace(dataset, shape=shape, train=repeated(dataset.train), test=repeated(dataset.test))
 
 
 def get_data_scaler(centered: bool) -> Callable:

@@ -559,3 +559,15 @@ def test_data_without_files_need_no_tensorflow():
         "sys.exit(any(m in sys.modules for m in ('tensorflow', 'tensorflow_datasets', 'sklearn')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_gray_images_for_a_colour_network():
+    config = get_default_configs().data
+    config.update(dataset="DIGITS", image_size=8, num_channels=1)
+    gray = datasets.load(config)
+    config.num_channels = 3
+    colour = datasets.load(config)
+    assert colour.shape == (8, 8, 3) and len(colour.test) == len(gray.test)
+    for channel in range(3):
+        np.testing.assert_array_equal(colour.train[np.arange(4)][..., channel], gray.train[np.arange(4)][..., 0])
+    assert colour.test[5].shape == (8, 8, 3)
