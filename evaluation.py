@@ -41,13 +41,13 @@ def gaussian_bits_per_dim(dataset: datasets.Dataset, data_config: Any, seed: int
 
 def density_grid(dataset: datasets.Dataset, points: int = 4001, points_2d: int = 100):
     """A regular grid over 1-D or 2-D data with a margin: points [M, D] (2-D: row-major), the cell's volume, data."""
-    data = np.stack([dataset.test[i] for i in range(min(5000, len(dataset.test)))])
+    data = np.stack([dataset.test[i] for i in range(min(5000, len(dataset.test)))]).astype(np.float64)
     dim = data.shape[1]
     margin = 0.25 * (data.max(axis=0) - data.min(axis=0))
     count = points if dim == 1 else points_2d
     axes = [np.linspace(low, high, count) for low, high in zip(data.min(0) - margin, data.max(0) + margin, strict=True)]
     grid = np.stack([g.reshape(-1) for g in np.meshgrid(*axes, indexing="ij")], axis=-1)
-    return grid.astype(np.float32), math.prod(a[1] - a[0] for a in axes), data
+    return grid.astype(np.float32), float(math.prod(a[1] - a[0] for a in axes)), data.astype(np.float32)
 
 
 def quadrature_nll(

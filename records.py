@@ -32,8 +32,9 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, step: int):
         path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = (line for line in lines if line.endswith("\n"))  # a killed run may have left half a line
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 

@@ -6,94 +6,26 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import linen as nn
 
 import checkpoints
 import datasets
 import evaluation
 import likelihood
 import losses
-import models
 import report
 import sampling
-import sde_lib
-from configs.check import check_config, flatten
+from configs.check import check_config
 from errors import UserError
-from models.score import get_score_fn
+from parts import Config, Parts, build, first, replicate, shard
 from records import MetricsLog, Pending, write_json, write_npz
 
-Config = Any  # an ml_collections.ConfigDict, whose keys have no types
-
 TERMS = ("loss", "first", "second", "third")
-
-
-class Parts(NamedTuple):
-    """What both jobs are built from."""
-
-    config: Config
-    sde: sde_lib.SDE
-    dataset: datasets.Dataset
-    model: nn.Module
-    optimizer: Any
-
-    def score_fn(self, params, model_state, dropout_key=None) -> losses.ScoreFn:
-        """Network to score; with a dropout key, in training mode."""
-        train = dropout_key is not None
-        return get_score_fn(self.sde, self.model, params, model_state, train=train, dropout_key=dropout_key)
-
-    def init_state(self) -> losses.TrainState:
-        """The state before the first step, on one device."""
-        init_key, key = jax.random.split(jax.random.PRNGKey(self.config.seed))
-        params, model_state = models.init_params(self.model, init_key, (1, *self.dataset.shape))
-        return losses.TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            ema_params=params,
-            opt_state=self.optimizer.init(params),
-            model_state=model_state,
-            key=key,
-        )
-
-
-def build(config: Config) -> Parts:
-    """Checks the config and makes the parts. UserError says what is wrong with the config or the data."""
-    check_config(config)
-    devices = jax.device_count()
-    for key in ("training.batch_size", "eval.batch_size"):
-        if flatten(config)[key] % devices:
-            raise UserError(f"{key}={flatten(config)[key]} is not divisible by the {devices} devices of this run")
-    return Parts(
-        config,
-        sde_lib.from_config(config),
-        datasets.load(config.data),
-        models.create_model(config),
-        losses.get_optimizer(config.optim),
-    )
-
-
-def replicate(tree):
-    """One copy for each local device, on a new leading axis.
-
-    The pmapped identity puts it where pmap's own results lie; else the first step would be compiled twice.
-    """
-    copies = jax.tree.map(lambda x: np.stack([x] * jax.local_device_count()), tree)
-    return jax.pmap(lambda x: x)(copies) if jax.tree.leaves(copies) else copies
-
-
-def _first(tree):
-    """The first device's copy, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x[0]), tree)
-
-
-def _shard(x: np.ndarray) -> np.ndarray:
-    """[B, ...] to [local devices, B / devices, ...]."""
-    return x.reshape(jax.local_device_count(), -1, *x.shape[1:])
 
 
 def unrolled(step_fn, state, xs):
@@ -108,7 +40,7 @@ def unrolled(step_fn, state, xs):
 def _grouped(loader: Iterator[dict], n: int) -> Iterator[np.ndarray]:
     """Stacks n batches [B, ...] for one call of the scanned step: [local devices, n, B / devices, ...]."""
     while True:
-        batches = [_shard(next(loader)["x"]) for _ in range(n)]
+        batches = [shard(next(loader)["x"]) for _ in range(n)]
         yield np.stack(batches, axis=1)
 
 
@@ -174,7 +106,7 @@ def _eval_loss_fn(parts: Parts):
         _, values = loss_fn(params, model_state, x, index, jax.random.PRNGKey(config.seed))
         return jax.lax.pmean(jax.tree.map(jnp.mean, values), "batch")
 
-    x, index = _shard(batch["x"]), _shard(batch["index"].astype(np.int32))
+    x, index = shard(batch["x"]), shard(batch["index"].astype(np.int32))
     return lambda params, model_state: {
         name: float(value[0]) for name, value in terms(params, model_state, x, index).items()
     }
@@ -182,7 +114,7 @@ def _eval_loss_fn(parts: Parts):
 
 def _sampler(parts: Parts, batch: int):
     """(params, model_state, keys), each with a leading axis of devices -> samples [batch, ...], nfe [batch]."""
-    inverse_scaler = _inverse_scaler(parts)
+    inverse_scaler = parts.inverse_scaler
     sample = sampling.get_sampling_fn(parts.config.sampling, parts.sde, parts.dataset.shape, inverse_scaler)
     devices = jax.local_device_count()
     per_device = math.ceil(batch / devices)
@@ -197,12 +129,6 @@ def _sampler(parts: Parts, batch: int):
         return x.reshape(-1, *x.shape[2:])[:batch], nfe.reshape(-1)[:batch]
 
     return draw_batch
-
-
-def _inverse_scaler(parts: Parts):
-    if parts.dataset.is_image:
-        return datasets.get_data_inverse_scaler(parts.config.data.centered)
-    return lambda x: x
 
 
 def train(config: Config, workdir: str | Path) -> losses.TrainState:
@@ -254,11 +180,11 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
 
     def save(folder: str, number: int, keep: int) -> None:
         saved = {"loader": loader.get_state(), "pending": pending.flush(), "config": config.to_dict()}
-        checkpoints.save(workdir / folder, _first(p_state), number, saved, keep)
+        checkpoints.save(workdir / folder, first(p_state), number, saved, keep)
 
     p_state = replicate(state)
     last_time, last_step = time.monotonic(), step
-    draw_samples = None
+    draw_samples = _sampler(parts, 64) if training.snapshot_sampling else None
     for batch in _grouped(loader, training.n_jitted_steps):
         if step >= training.n_iters:
             break
@@ -276,15 +202,14 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             log.write(step, "eval", eval_loss(p_state.ema_params, p_state.model_state))
         if step % training.snapshot_freq == 0 or final:
             save("checkpoints", _snapshot_number(config, step), keep=0)
-            if training.snapshot_sampling:
-                draw_samples = draw_samples or _sampler(parts, 64)
+            if draw_samples is not None:
                 _save_samples(parts, p_state, draw_samples, workdir / "samples" / f"step_{step:08d}", step)
         if step % training.snapshot_freq_for_preemption == 0 or final:
             save("checkpoints-meta", step, keep=1)
     log.close()
     logging.info("trained to step %d; checkpoints in %s", step, workdir / "checkpoints")
     logging.info("report: %s", report.write_report(workdir))
-    return _first(p_state)
+    return first(p_state)
 
 
 def _log_progress(step: int, n_iters: int, means: dict[str, float], speed: float) -> None:
@@ -360,7 +285,7 @@ def _padded_likelihood(fn, params, model_state, x: np.ndarray, index: np.ndarray
     """logp and nfe of n <= size examples, the batch filled up with copies of the last so that one program serves."""
     rows = np.minimum(np.arange(size), len(x) - 1)
     keys = jnp.stack([key] * jax.local_device_count())
-    logp, nfe = fn(params, model_state, _shard(x[rows]), _shard(index[rows].astype(np.int32)), keys)
+    logp, nfe = fn(params, model_state, shard(x[rows]), shard(index[rows].astype(np.int32)), keys)
     logp, nfe = np.asarray(logp).reshape(-1)[: len(x)], np.asarray(nfe).reshape(-1)[: len(x)]
     if not np.all(np.isfinite(logp)):
         bad = index[~np.isfinite(logp)]
@@ -397,7 +322,7 @@ def _evaluate_likelihood(parts: Parts, params, model_state, out: Path, number: i
     result: dict[str, Any] = {"nfe": {"min": int(nfe.min()), "mean": float(nfe.mean()), "max": int(nfe.max())}}
     if parts.dataset.is_image:
         dim = math.prod(parts.dataset.shape)
-        bpd = np.stack([likelihood.bits_per_dim(jnp.asarray(row), dim, _inverse_scaler(parts)) for row in logp])
+        bpd = np.stack([likelihood.bits_per_dim(jnp.asarray(row), dim, parts.inverse_scaler) for row in logp])
         result["bpd"] = evaluation.mean_and_stderr(bpd)
         if config.gaussian_baseline:
             result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(

@@ -17,6 +17,7 @@ import numpy as np
 import losses
 import run_lib
 from configs.default_digits_configs import get_digits_configs
+from parts import build, replicate
 
 
 def seconds_a_step(scan, step_fn, state, batch, repeats: int = 5) -> float:
@@ -34,10 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    parts = run_lib.build(get_digits_configs())
+    parts = build(get_digits_configs())
     loss_fn = losses.get_loss_fn(parts.config.training, parts.sde, parts.score_fn)
     step_fn = losses.get_step_fn(loss_fn, parts.optimizer, parts.config.model.ema_rate)
-    state = run_lib.replicate(parts.init_state())
+    state = replicate(parts.init_state())
     batch = np.random.default_rng(0).random((1, 1, 128, 8, 8, 1), np.float32)
     result = {
         "scan_seconds": seconds_a_step(jax.lax.scan, step_fn, state, batch),

@@ -19,6 +19,7 @@ from scipy import stats
 from scipy.integrate import quad
 
 import datasets
+import tfds_source
 from configs.default_configs import get_default_configs
 from errors import UserError
 
@@ -488,7 +489,7 @@ def test_missing_data_say_what_to_put_where(tmp_path, monkeypatch, changes, miss
         raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(datasets, "_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(tfds_source, "PROBE_SECONDS", 0.1)
     with pytest.raises(UserError, match="cannot be reached") as error:
         load(data_config(dir=str(tmp_path), **changes))
     message = str(error.value)
@@ -534,7 +535,7 @@ def test_a_reachable_data_set_is_downloaded(tmp_path, monkeypatch):
         ({"dataset": "CIFAR10", "image_size": 64}, "data.image_size=64: CIFAR10 comes at 32"),
         ({"dataset": "ImageNet", "image_size": 28}, "data.image_size=28: ImageNet comes at 32 or 64"),
         ({"dataset": "DIGITS"}, "data.image_size=32: DIGITS comes at 8"),
-        ({"dataset": "DIGITS", "image_size": 8}, "data.num_channels=3: DIGITS has 1"),
+        ({"dataset": "DIGITS", "image_size": 8, "num_channels": 2}, "data.num_channels=2: DIGITS has 1"),
         ({"dataset": "LSUN"}, "data.category is empty"),
         ({"dataset": "ImageNet", "category": "new"}, "use downsampled_imagenet"),
         ({"dataset": "mog", "dim": 0}, "data.dim=0"),

@@ -73,7 +73,7 @@ def test_loaded_network_gives_the_recorded_score(name):
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_round_trip_and_export_equal_to_the_file_of_the_public_code(name, tmp_path):
     state = legacy.load_legacy(FILES[name])
-    legacy.export_legacy(state, tmp_path / "checkpoint_3", state["lr"], state["ema_rate"])
+    legacy.export_legacy(state, tmp_path / "checkpoint_3", float(state["lr"]), float(state["ema_rate"]))
     assert_same(raw(tmp_path / "checkpoint_3"), raw(FILES[name]))
     assert (tmp_path / "checkpoint_3").read_bytes() == FILES[name].read_bytes()
     assert_same(legacy.load_legacy(tmp_path / "checkpoint_3"), state)

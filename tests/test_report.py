@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import plots
 import report
 from errors import UserError
 
@@ -205,11 +206,11 @@ def test_a_panel_for_each_term_that_is_not_all_zero(tmp_path):
 def test_smoothing_is_the_mean_of_the_neighbours_and_leaves_out_what_is_not_finite():
     steps, values = np.arange(81), np.random.default_rng(0).normal(size=81)
     values[7] = np.nan
-    x, y = report._smooth(steps, values)
+    x, y = plots.smooth(steps, values)
     kept = np.delete(values, 7)
     assert 7 not in x and len(y) == 80
     np.testing.assert_allclose([y[0], y[40], y[-1]], [kept[:3].mean(), kept[38:43].mean(), kept[-3:].mean()])
-    assert len(report._smooth(steps[:0], values[:0])[1]) == 0
+    assert len(plots.smooth(steps[:0], values[:0])[1]) == 0
 
 
 @pytest.mark.parametrize("truth", [True, False])
@@ -225,7 +226,7 @@ def test_2d_density_is_drawn_with_x0_to_the_right_and_x1_upwards():
     axis = np.linspace(-1, 1, 11)
     x = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
     logp = np.log(1 + 10 * x[:, 0] * (x[:, 0] > 0) + 3 * x[:, 1] * (x[:, 1] > 0))
-    figure, _ = report._density_2d({"x": x, "model_logp": logp, "true_logp": logp})
+    figure, _ = plots.density_2d({"x": x, "model_logp": logp, "true_logp": logp})
     for ax in figure.axes[:2]:
         (image,) = ax.get_images()
         shown = np.asarray(image.get_array())
@@ -259,7 +260,7 @@ def test_mean_and_band_of_the_likelihood_histogram(tmp_path):
     values = np.random.default_rng(0).normal(3, 1, (2, 400))
     per_example = values.mean(axis=0)
     mean, stderr = per_example.mean(), per_example.std(ddof=1) / 20
-    (ax,) = report._likelihoods(values, "bits/dim").axes
+    (ax,) = plots.likelihoods(values, "bits/dim").axes
     assert ax.get_legend_handles_labels()[1] == [f"mean {mean:.3f} ± {stderr:.3f} bits/dim"]
     assert ax.get_lines()[0].get_xdata() == pytest.approx([mean, mean])
     assert sum(bar.get_height() for bar in ax.patches if bar.get_alpha() == 0.65) == 400
@@ -318,7 +319,7 @@ def test_compared_densities_have_a_curve_a_run_and_its_error():
     x = np.linspace(-1, 1, 101)[:, None]
     truth = mixture_logp(x)
     models = {name: {"x": x, "model_logp": truth + d, "true_logp": truth} for name, d in (("a", 0.1), ("b", -0.2))}
-    top, bottom = report._density_1d(models)[0].axes
+    top, bottom = plots.density_1d(models)[0].axes
     assert top.get_legend_handles_labels()[1] == ["truth", "a", "b"]
     a, b = top.get_lines()
     assert a.get_color() != b.get_color()
