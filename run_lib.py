@@ -1,5 +1,6 @@
 """The two jobs, `train` and `evaluate`: builds each part once, owns the loops and the pmap."""
 
+import datetime
 import functools
 import json
 import math
@@ -214,7 +215,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
 
 def _log_progress(step: int, n_iters: int, means: dict[str, float], speed: float) -> None:
     shown = "  ".join(f"{name} {means[name]:.4g}" for name in (*TERMS, "grad_norm"))
-    eta = time.strftime("%H:%M:%S", time.gmtime((n_iters - step) / speed))
+    eta = datetime.timedelta(seconds=round((n_iters - step) / speed))
     logging.info("step %d/%d  %s  %.1f steps/s  ETA %s", step, n_iters, shown, speed, eta)
 
 

@@ -114,8 +114,8 @@ def check_config(config: ConfigDict) -> None:
         frequency, jitted = flat[f"training.{key}"], flat["training.n_jitted_steps"]
         if frequency % jitted:
             raise UserError(f"training.n_jitted_steps={jitted} must divide training.{key}={frequency}")
-    if not 0 <= flat["eval.begin_ckpt"] <= flat["eval.end_ckpt"]:
+    begin, end = flat["eval.begin_ckpt"], flat["eval.end_ckpt"]
+    if not (1 <= begin <= end or begin == end == 0):
         raise UserError(
-            f"eval.begin_ckpt={flat['eval.begin_ckpt']} and eval.end_ckpt={flat['eval.end_ckpt']}: "
-            "give 0 <= begin <= end (0 and 0: the newest checkpoint)"
+            f"eval.begin_ckpt={begin} and eval.end_ckpt={end}: give 1 <= begin <= end, or 0 and 0 for the newest"
         )
