@@ -223,10 +223,16 @@ def _save_samples(parts: Parts, p_state, draw_samples, path: Path, step: int) ->
     key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), step)
     samples, _ = draw_samples(p_state.ema_params, p_state.model_state, key)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if failed := _count_failed(samples):
+        logging.warning("the sampler failed on %d of %d samples of step %d", failed, len(samples), step)
     if parts.dataset.is_image:
         report.save_image_grid(path.with_suffix(".png"), samples)
     else:
         write_npz(path.with_suffix(".npz"), samples=samples)
+
+
+def _count_failed(samples: np.ndarray) -> int:
+    return int(np.sum(~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)))
 
 
 def evaluate(config: Config, workdir: str | Path, eval_folder: str = "eval") -> list[dict]:
@@ -363,6 +369,11 @@ def _evaluate_samples(parts: Parts, params, model_state, out: Path, number: int)
     for round_ in range(math.ceil(config.num_samples / size)):
         key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed + 1), round_)
         x, nfe = draw(params, model_state, key)
+        if failed := _count_failed(x):
+            raise UserError(
+                f"the sampling ODE failed on {failed} of {len(x)} samples: it reached its step limit or a non-finite "
+                "state; loosen sampling.rtol/atol, or train further"
+            )
         samples.append(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8) if parts.dataset.is_image else x)
         nfes.append(nfe)
     drawn, nfe = np.concatenate(samples)[: config.num_samples], np.concatenate(nfes)[: config.num_samples]
