@@ -1,14 +1,16 @@
 """Samplers: draws of a score model by solving its reverse process from the prior at T to eps."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from errors import UserError
 from ode import rk45
-from sde_lib import SDE, batch_mul
+from sde_lib import SDE, VESDE, VPSDE, batch_mul, subVPSDE
 
 ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 # (score_fn, key, batch size B) -> (images [B, ...] as the inverse scaler gives them, evaluations of the score [B])
@@ -47,22 +49,156 @@ def ode_sampler(
     return x - f + batch_mul(jnp.square(g), score_fn(x, t)), stats.nfe + 1
 
 
+# (sde, score_fn, x [B, ...], t [B], noise [B, ...], probability_flow) -> x one step earlier, and the same without noise
+Predictor = Callable[[SDE, ScoreFn, Array, Array, Array, bool], tuple[Array, Array]]
+# (sde, score_fn, x [B, ...], t [B], noise [B, ...], snr) -> x after one step at the same t, and the same without noise
+Corrector = Callable[[SDE, ScoreFn, Array, Array, Array, float], tuple[Array, Array]]
+
+
+def euler_maruyama(sde, score_fn, x, t, noise, probability_flow):
+    """Euler-Maruyama on the reverse SDE (or the probability flow), step T / N."""
+    drift, diffusion = sde.sde(x, t)
+    share = 0.5 if probability_flow else 1.0
+    x_mean = x - (drift - batch_mul(share * jnp.square(diffusion), score_fn(x, t))) / sde.N
+    return (x_mean if probability_flow else x_mean + batch_mul(diffusion / math.sqrt(sde.N), noise)), x_mean
+
+
+def reverse_diffusion(sde, score_fn, x, t, noise, probability_flow):
+    """The reverse of `sde.discretize` (Song et al. 2021, arXiv 2011.13456, appendix E)."""
+    f, g = sde.discretize(x, t)
+    share = 0.5 if probability_flow else 1.0
+    x_mean = x - f + batch_mul(share * jnp.square(g), score_fn(x, t))
+    return (x_mean if probability_flow else x_mean + batch_mul(g, noise)), x_mean
+
+
+def ancestral_sampling(sde, score_fn, x, t, noise, probability_flow):
+    """The ancestral step of DDPM (VP) and NCSN (VE) (Song et al. 2021, arXiv 2011.13456, appendix F)."""
+    if probability_flow:
+        raise UserError("sampling.predictor='ancestral_sampling' has no sampling.probability_flow=True; set it False")
+    if isinstance(sde, VESDE):
+        sigma, previous = sde.discrete_sigma_pair(t)
+        x_mean = x + batch_mul(sigma**2 - previous**2, score_fn(x, t))
+        std = previous * jnp.sqrt(1 - jnp.square(previous / sigma))
+        return x_mean + batch_mul(std, noise), x_mean
+    if isinstance(sde, VPSDE) and not isinstance(sde, subVPSDE):
+        beta = 1 - sde.discrete_alpha(t)
+        x_mean = batch_mul(1 / jnp.sqrt(1 - beta), x + batch_mul(beta, score_fn(x, t)))
+        return x_mean + batch_mul(jnp.sqrt(beta), noise), x_mean
+    raise UserError("sampling.predictor='ancestral_sampling' is defined for vpsde and vesde; use reverse_diffusion")
+
+
+def langevin(sde, score_fn, x, t, noise, snr):
+    """Langevin step whose size is set by `snr` and the batch means of the norms of noise and score.
+
+    So an example depends on the others of its batch (Song et al. 2021, arXiv 2011.13456, algorithms 4 and 5).
+    """
+    score = score_fn(x, t)
+
+    def mean_norm(a):
+        return jnp.mean(jnp.linalg.norm(a.reshape(a.shape[0], -1), axis=-1))
+
+    step = 2 * sde.discrete_alpha(t) * (snr * mean_norm(noise) / mean_norm(score)) ** 2
+    x_mean = x + batch_mul(step, score)
+    return x_mean + batch_mul(jnp.sqrt(2 * step), noise), x_mean
+
+
+def annealed_langevin(sde, score_fn, x, t, noise, snr):
+    """Annealed Langevin step of size 2 alpha (snr sigma)^2 (Song and Ermon 2019, arXiv 1907.05600)."""
+    step = 2 * sde.discrete_alpha(t) * jnp.square(snr * sde.sigma(t))
+    x_mean = x + batch_mul(step, score_fn(x, t))
+    return x_mean + batch_mul(jnp.sqrt(2 * step), noise), x_mean
+
+
+PREDICTORS: dict[str, Predictor | None] = {
+    "euler_maruyama": euler_maruyama,
+    "reverse_diffusion": reverse_diffusion,
+    "ancestral_sampling": ancestral_sampling,
+    "none": None,
+}
+CORRECTORS: dict[str, Corrector | None] = {"langevin": langevin, "ald": annealed_langevin, "none": None}
+
+
+def pc_sampler(
+    sde: SDE,
+    score_fn: ScoreFn,
+    z: Float[Array, "B *shape"],
+    noise_fn: Callable[[Array], tuple[Array, Array]],
+    *,
+    predictor: Predictor | None,
+    corrector: Corrector | None,
+    snr: float,
+    n_steps: int = 1,
+    probability_flow: bool = False,
+    denoise: bool = True,
+    eps: float = 1e-3,
+) -> tuple[Float[Array, "B *shape"], Int[Array, "B"]]:
+    """Predictor-corrector sampling from z at T to eps in `sde.N` steps (Song et al. 2021, arXiv 2011.13456, alg. 1).
+
+    Each step is `n_steps` of the corrector and one of the predictor, at times evenly spaced from T to eps.
+
+    Args:
+        noise_fn: step number [] -> standard normal noise of the corrector [n_steps, B, ...] and the predictor [B, ...].
+        denoise: leaves out the noise of the very last update.
+
+    Returns:
+        x [B, ...] on the model's scale, evaluations of the score [B].
+    """
+    times = jnp.linspace(sde.T, eps, sde.N)
+
+    def step(i, carry):
+        x, x_mean = carry
+        t = jnp.full(x.shape[0], times[i], x.dtype)
+        corrector_noise, predictor_noise = noise_fn(i)
+        if corrector is not None:
+            for k in range(n_steps):
+                x, x_mean = corrector(sde, score_fn, x, t, corrector_noise[k], snr)
+        if predictor is not None:
+            x, x_mean = predictor(sde, score_fn, x, t, predictor_noise, probability_flow)
+        return x, x_mean
+
+    x, x_mean = jax.lax.fori_loop(0, sde.N, step, (z, z))
+    evaluations = sde.N * ((predictor is not None) + n_steps * (corrector is not None))
+    return (x_mean if denoise else x), jnp.full(z.shape[0], evaluations, jnp.int32)
+
+
+def _named(config: Any, kind: str, registry: dict[str, Any]) -> Any:
+    name = config[kind].lower()
+    if name not in registry:
+        raise UserError(f"sampling.{kind}={config[kind]!r} is unknown; use one of {', '.join(registry)}")
+    return registry[name]
+
+
 def get_sampling_fn(
     sampling_config: Any, sde: SDE, shape: tuple[int, ...], inverse_scaler: Callable[[Array], Array]
 ) -> SamplingFn:
     """The sampler that `config.sampling` asks for, of images of `shape` [H, W, C]; UserError if it is unknown."""
     method = sampling_config.method.lower()
-    if method == "pc":
-        raise UserError("sampling.method='pc' (predictor-corrector) is not available yet; use ode")
-    if method != "ode":
-        raise UserError(f"sampling.method={sampling_config.method!r} is unknown; use ode")
     # Read once: a config changed later does not change the sampler.
-    eps, rtol, atol = (float(sampling_config[key]) for key in ("smallest_time", "rtol", "atol"))
-    denoise = bool(sampling_config.noise_removal)
+    eps, rtol, atol, snr = (float(sampling_config[key]) for key in ("smallest_time", "rtol", "atol", "snr"))
+    denoise, flow, n_steps = (sampling_config[key] for key in ("noise_removal", "probability_flow", "n_steps_each"))
 
-    def sample(score_fn, key, batch):
+    def sample_ode(score_fn, key, batch):
         z = sde.prior_sampling(key, (batch, *shape))
         x, nfe = ode_sampler(sde, score_fn, z, eps=eps, rtol=rtol, atol=atol, denoise=denoise)
         return inverse_scaler(x), nfe
 
-    return sample
+    if method == "ode":
+        return sample_ode
+    if method != "pc":
+        raise UserError(f"sampling.method={sampling_config.method!r} is unknown; use ode or pc")
+    predictor = _named(sampling_config, "predictor", PREDICTORS)
+    corrector = _named(sampling_config, "corrector", CORRECTORS)
+    settings = {"snr": snr, "n_steps": n_steps, "probability_flow": flow, "denoise": denoise, "eps": eps}
+
+    def sample_pc(score_fn, key, batch):
+        prior_key, noise_key = jax.random.split(key)
+        z = sde.prior_sampling(prior_key, (batch, *shape))
+
+        def noise_fn(i):
+            noise = jax.random.normal(jax.random.fold_in(noise_key, i), (n_steps + 1, *z.shape))
+            return noise[:-1], noise[-1]
+
+        x, nfe = pc_sampler(sde, score_fn, z, noise_fn, predictor=predictor, corrector=corrector, **settings)
+        return inverse_scaler(x), nfe
+
+    return sample_pc

@@ -129,6 +129,10 @@ class SDE:
         drift, diffusion = self.sde(x, t)
         return drift / self.N, diffusion / math.sqrt(self.N)
 
+    def discrete_alpha(self, t: Time) -> Time:
+        """The factor [B] of the Langevin correctors' step size: 1 - beta of DDPM's step at t, 1 where there is none."""
+        return jnp.ones_like(t)
+
     def _step_index(self, t: Array) -> Array:
         return (t * (self.N - 1) / self.T).astype(jnp.int32)
 
@@ -150,6 +154,9 @@ class VPSDE(SDE):
     def discrete_betas(self) -> Float[Array, "N"]:
         """The N betas of DDPM, from beta_min / N to beta_max / N."""
         return jnp.linspace(self.beta_min / self.N, self.beta_max / self.N, self.N)
+
+    def discrete_alpha(self, t: Time) -> Time:
+        return 1 - self.discrete_betas[self._step_index(t)]
 
     def discretize(self, x: State, t: Time) -> tuple[State, Time]:
         """DDPM's step: x_{i+1} = sqrt(1 - beta_i) x_i + sqrt(beta_i) z."""
@@ -195,6 +202,11 @@ class VESDE(SDE):
         if self.linear:
             return jnp.linspace(self.sigma_min, self.sigma_max, self.N)
         return jnp.exp(jnp.linspace(math.log(self.sigma_min), math.log(self.sigma_max), self.N))
+
+    def discrete_sigma_pair(self, t: Time) -> tuple[Time, Time]:
+        """The noise level [B] of NCSN's step at t and the one before it, 0 before the first."""
+        index = self._step_index(t)
+        return self.discrete_sigmas[index], jnp.where(index == 0, 0.0, self.discrete_sigmas[index - 1])
 
     def discretize(self, x: State, t: Time) -> tuple[State, Time]:
         """NCSN's step from one noise level to the next; Euler-Maruyama if `linear`."""

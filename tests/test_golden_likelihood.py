@@ -5,6 +5,7 @@ these random networks agree to some 3e-3 bits/dim, and the recorded values are u
 tolerances (measured once in float64 at 1e-9), so those comparisons are no closer.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -39,7 +40,7 @@ class Recorded:
 
     def __init__(self, kind, name):
         self.arrays = load_golden(f"{kind}_{name}.npz")
-        config = golden_config(self.arrays)
+        config = self.config = golden_config(self.arrays)
         self.sde = PublicVPSDE(N=1000) if name == "vp" else sde_lib.from_config(config)
         params = load_params(load_golden(f"loss_{name}.npz"))
         self.score_fn = get_score_fn(self.sde, create_model(config), params, {})
@@ -161,3 +162,49 @@ def test_likelihood_converges_as_the_tolerance_falls():
         errors = [np.abs(np.asarray(bpd(tolerance)) - limit).max() for tolerance in (1e-4, 1e-5, 1e-6, 1e-7)]
         assert errors[0] > errors[1] > errors[2] > errors[3] and errors[3] < 1e-4, errors
         np.testing.assert_allclose(recorded.arrays["Rademacher/bpd"], limit, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_predictor_and_corrector_updates(name):
+    recorded = Recorded("sampling", name)
+    sde, score_fn, x, t = recorded.sde, jax.jit(recorded.score_fn), recorded["upd_x"], recorded["upd_t"]
+    sde = dataclasses.replace(sde, N=recorded.config.model.num_scales)
+    for predictor, update in sampling.PREDICTORS.items():
+        for flow in (False, True):
+            key = f"pred_{predictor}_pf{int(flow)}"
+            if update is None or f"{key}/x" not in recorded.arrays:
+                continue
+            new, mean = update(sde, score_fn, x, t, recorded["pred_noise"], flow)
+            assert relative_error(mean, recorded[f"{key}/x_mean"]) < 1e-5, key
+            assert relative_error(new, recorded[f"{key}/x"]) < 1e-5, key
+    for corrector, update in sampling.CORRECTORS.items():
+        for steps in (1, 2):
+            if update is None:
+                continue
+            new = x
+            for noise in recorded[f"corr_noise_n{steps}"]:
+                new, mean = update(sde, score_fn, new, t, noise, float(recorded.arrays["snr"]))
+            assert relative_error(mean, recorded[f"corr_{corrector}_n{steps}/x_mean"]) < 2e-5, corrector
+            assert relative_error(new, recorded[f"corr_{corrector}_n{steps}/x"]) < 2e-5, corrector
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+@pytest.mark.parametrize(("predictor", "corrector"), [("reverse_diffusion", "langevin"), ("euler_maruyama", "none")])
+def test_predictor_corrector_runs(name, predictor, corrector):
+    recorded = Recorded("sampling", name)
+    corrector_noise, predictor_noise = recorded["pc_corr_noise"], recorded["pc_pred_noise"]
+    sde = dataclasses.replace(recorded.sde, N=len(predictor_noise))
+    x, nfe = sampling.pc_sampler(
+        sde,
+        recorded.score_fn,
+        recorded["pc_prior"],
+        lambda i: (corrector_noise[i][None], predictor_noise[i]),
+        predictor=sampling.PREDICTORS[predictor],
+        corrector=sampling.CORRECTORS[corrector],
+        snr=float(recorded.arrays["snr"]),
+        eps=float(recorded.arrays["eps"]),
+    )
+    key = f"pc_{predictor}_{corrector}"
+    assert relative_error(recorded.inverse_scaler(x), recorded[f"{key}/x"]) < 1e-3
+    # the public code counts a corrector that is not there
+    assert int(nfe[0]) == int(recorded.arrays[f"{key}/n"][0]) // (1 if corrector == "langevin" else 2)

@@ -1,4 +1,4 @@
-"""sampling.ode_sampler on Gaussian data, whose flow map is affine, and the factory."""
+"""The samplers on Gaussian data, whose exact score is known and whose flow map is affine, and the factory."""
 
 import jax
 import jax.numpy as jnp
@@ -95,9 +95,47 @@ def test_factory_samples_images_as_the_config_says():
     assert images.shape == (4, 2, 2, 3) and np.all(nfe == expected_nfe)
 
 
-@pytest.mark.parametrize(("method", "message"), [("pc", "not available yet"), ("euler", "'euler' is unknown")])
-def test_factory_refuses_what_it_does_not_have(method, message):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "euler"}, "sampling.method='euler' is unknown; use ode or pc"),
+        ({"method": "pc", "predictor": "heun"}, "sampling.predictor='heun' is unknown; use one of euler_maruyama"),
+        ({"method": "pc", "corrector": "mala"}, "sampling.corrector='mala' is unknown; use one of langevin"),
+    ],
+)
+def test_factory_refuses_what_it_does_not_have(changes, message):
     config = get_default_configs().sampling
-    config.method = method
+    config.update(**changes)
     with pytest.raises(UserError, match=message):
         get_sampling_fn(config, SDES["vp"], (2, 2, 3), lambda x: x)
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve"])
+@pytest.mark.parametrize(
+    ("predictor", "corrector", "flow"),
+    [
+        ("reverse_diffusion", "langevin", False),
+        ("reverse_diffusion", "none", True),
+        ("euler_maruyama", "ald", False),
+        ("ancestral_sampling", "none", False),
+    ],
+)
+def test_predictor_corrector_moments(name, predictor, corrector, flow):
+    """1000 steps under the exact score give the data's means and standard deviations.
+
+    Within four sampling errors and 5 % for the discretisation: a Langevin step at snr 0.16 alone biases by 2 %.
+    """
+    config, sde, batch = get_default_configs().sampling, SDES[name], 1000
+    config.update(method="pc", predictor=predictor, corrector=corrector, probability_flow=flow)
+    config.smallest_time = 1e-2 if name == "subvp" else 1e-3
+    sample = get_sampling_fn(config, sde, (2, 2, 3), lambda x: x)
+    draw = jax.jit(lambda key: sample(gaussian_score(sde), key, batch))
+    if (name, predictor) == ("subvp", "ancestral_sampling"):
+        with pytest.raises(UserError, match="defined for vpsde and vesde"):
+            draw(jax.random.key(0))
+        return
+    x, nfe = draw(jax.random.key(0))
+    error = 4 / np.sqrt(batch)
+    np.testing.assert_allclose((x.mean(axis=0) - MU) / STD, 0, atol=error + 0.05)
+    np.testing.assert_allclose(x.std(axis=0) / STD, 1, atol=error / np.sqrt(2) + 0.05)
+    assert nfe[0] == 1000 * ((predictor != "none") + (corrector != "none"))
