@@ -17,6 +17,8 @@ CHECKED = [
     "checkpoints",
     "legacy",
     "records",
+    "plots",
+    "tfds_source",
     "report",
     "evaluation",
     "models",
