@@ -129,3 +129,9 @@ def get_default_configs() -> ConfigDict:
     deq.dropout = 0.0
     deq.offset = True
     return config
+
+
+def use_ddpmpp(config: ConfigDict) -> None:
+    """Turns the NCSN++ of the defaults into a DDPM++, for VP and sub-VP, on images in [-1, 1]."""
+    config.data.centered = True
+    config.model.update(embedding_type="positional", fir=False, progressive_input="none", scale_by_sigma=False)

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from configs.default_configs import use_ddpmpp
 from configs.default_imagenet32_configs import get_default_configs
 
 
@@ -9,11 +10,6 @@ def get_config() -> ConfigDict:
     config = get_default_configs()
     config.training.sde = "vpsde"
     config.sampling.smallest_time = 1e-3
-    config.data.centered = True
-    model = config.model
-    model.ema_rate = 0.9999
-    model.embedding_type = "positional"
-    model.fir = False
-    model.progressive_input = "none"
-    model.scale_by_sigma = False
+    use_ddpmpp(config)
+    config.model.ema_rate = 0.9999
     return config
