@@ -10,6 +10,7 @@ python -m checkpoints export PATH OUT   writes one of ours as the public code wo
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from errors import UserError
 from legacy import export_legacy, in_structure_of, load_legacy
@@ -41,8 +43,18 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+    """Of this process alone: every host has whole arrays, so saving and restoring need no barrier between hosts."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
+    )
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+        "record": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    composite = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
+    return ocp.Checkpointer(composite, multiprocessing_options=alone)
 
 
 def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] | None = None, keep: int = 0) -> Path:
@@ -82,16 +94,54 @@ def latest(directory: str | Path) -> Path | None:
     return Path(directory) / f"checkpoint_{numbers[-1]}" if numbers else None
 
 
-def find(directory: str | Path, number: int) -> Path:
-    """The checkpoint of a number, or the newest if it is 0. UserError if there is none."""
-    path = latest(directory) if number == 0 else Path(directory) / f"checkpoint_{number}"
-    if path is None or not path.exists():
-        have = ", ".join(map(str, all_numbers(directory))) or "none"
-        wanted = "no checkpoint" if number == 0 else f"no checkpoint_{number}"
-        raise UserError(
-            f"{directory} holds {wanted} (it has: {have}); train first, or give another --workdir or number"
-        )
-    return path
+def find(directory: str | Path, number: int, wait_s: float = 0) -> Path:
+    """The checkpoint of a number, or the newest if it is 0. UserError if there is none, also after `wait_s` seconds."""
+    deadline, waiting = time.monotonic() + wait_s, False
+    while True:
+        path = latest(directory) if number == 0 else Path(directory) / f"checkpoint_{number}"
+        if path is not None and path.exists():
+            return path
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        if not waiting:
+            logging.info("waiting up to %.0f s for checkpoint %s in %s", wait_s, number or "(any)", directory)
+            waiting = True
+        time.sleep(min(left, 1 + wait_s / 100))
+    have = ", ".join(map(str, all_numbers(directory))) or "none"
+    wanted = "no checkpoint" if number == 0 else f"no checkpoint_{number}"
+    raise UserError(
+        f"{directory} holds {wanted} (it has: {have}); train first, give another --workdir or number, or wait for it "
+        "with eval.wait_for_checkpoints_s"
+    )
+
+
+def newest_readable(directory: str | Path) -> tuple[Path, "Checkpoint"] | None:
+    """The newest checkpoint of a folder and what is in it, or None.
+
+    One that cannot be read is set aside as `damaged_<name>`, with a warning, and the one before it is taken. UserError
+    if there are some and none can be read.
+    """
+    damaged = []
+    for number in reversed(all_numbers(directory)):
+        path = Path(directory) / f"checkpoint_{number}"
+        try:
+            return path, restore(path)
+        except UserError as error:
+            damaged.append(path)
+            logging.warning("%s; set aside as damaged_%s", error, path.name)
+            if jax.process_index() == 0:
+                _set_aside(path)
+    if damaged:
+        raise UserError(f"no checkpoint in {directory} can be read; they are set aside as damaged_checkpoint_*")
+    return None
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"damaged_{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    path.replace(aside)
 
 
 def restore(path: str | Path) -> Checkpoint:
@@ -114,7 +164,7 @@ def restore(path: str | Path) -> Checkpoint:
             )
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read ({reason}); delete it to use the one before") from error
+        raise UserError(f"checkpoint {path} cannot be read ({reason})") from error
     return Checkpoint(items["state"], items["record"])
 
 

@@ -39,7 +39,10 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples are uint8 [H, W, C] if `is_image`, else float32 [D]; log_prob [N, D] -> [N] and entropy are in nats."""
+    """Examples are uint8 [H, W, C] if `is_image`, else float32 [D]; log_prob [N, D] -> [N] and entropy are in nats.
+
+    mixture: (weights [M], means [M, 1], variances [M, 1]) of data from M Gaussians, the same in every coordinate.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,6 +51,7 @@ class Dataset:
     test: Source
     log_prob: Callable[[np.ndarray], np.ndarray] | None = None
     entropy: float | None = None
+    mixture: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +183,30 @@ def train_loader(
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
 
 
+def eval_batch(
+    dataset: Dataset,
+    data_config: Any,
+    split: str,
+    index: Int64[np.ndarray, "B"],
+    *,
+    seed: int,
+    repeat: int = 0,
+    dequantize: bool = True,
+    scale: bool = True,
+) -> Float[np.ndarray, "B *shape"]:
+    """The examples `index` of `split` ('train' | 'test'), float32.
+
+    Images are never flipped. If `dequantize` they get noise that is a function of (seed, index, repeat), else they are
+    pixel / 255. If `scale` they go from [0, 1] to the range that `data.centered` says.
+    """
+    x = {"train": dataset.train, "test": dataset.test}[split][index]
+    if not dataset.is_image:
+        return x
+    noise = _uniform_noise(_EVAL_NOISE, seed, index, repeat, dataset.shape) if dequantize else None
+    x = _to_unit(x, noise)
+    return get_data_scaler(data_config.centered)(x) if scale else x
+
+
 def eval_batches(
     dataset: Dataset,
     data_config: Any,
@@ -196,19 +224,15 @@ def eval_batches(
 
     Global batches hold `batch_size` examples, the last one what is left; limit > 0: of the first `limit` examples. Each
     process gets a contiguous part of each, the parts as equal as can be (fewer examples than processes: some empty).
-    Images are scaled, never flipped, and, if `dequantize`, get noise that is a function of (seed, index, repeat).
+    See `eval_batch` for what is done to an example.
     """
-    source = {"train": dataset.train, "test": dataset.test}[split]
-    scaler = get_data_scaler(data_config.centered)
-    count = min(limit, len(source)) if limit > 0 else len(source)
+    length = len({"train": dataset.train, "test": dataset.test}[split])
+    count = min(limit, length) if limit > 0 else length
     for start in range(0, count, batch_size):
         index = np.arange(start, min(start + batch_size, count))
         first, last = (len(index) * k // process_count for k in (process_index, process_index + 1))
         index = index[first:last]
-        x = source[index]
-        if dataset.is_image:
-            noise = _uniform_noise(_EVAL_NOISE, seed, index, repeat, dataset.shape) if dequantize else None
-            x = scaler(_to_unit(x, noise))
+        x = eval_batch(dataset, data_config, split, index, seed=seed, repeat=repeat, dequantize=dequantize)
         yield {"x": x, "index": index}
 
 
@@ -255,7 +279,8 @@ def _mog(config: Any) -> Dataset:
         grid = np.linspace(-3, 3, 20_001)
         logp = log_prob(grid[:, None])
         entropy = float(-np.sum(np.exp(logp) * logp) * (grid[1] - grid[0]))
-    return _synthetic("mog", config.dim, 1 + config.dim, transform, log_prob=log_prob, entropy=entropy)
+    mixture = _MOG_WEIGHTS, _MOG_MEANS[:, None], _MOG_VARIANCES[:, None]
+    return _synthetic("mog", config.dim, 1 + config.dim, transform, log_prob=log_prob, entropy=entropy, mixture=mixture)
 
 
 def _checkerboard(config: Any) -> Dataset:

@@ -1,21 +1,44 @@
 """Metrics of a trained model, each computed per example before any mean."""
 
+import functools
+import importlib
+import importlib.util
 import math
-from typing import Any
+import sys
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy.integrate import trapezoid
 
 import datasets
+from errors import UserError
+from inception import UNKNOWN, Features, Statistics
+from inception import compute_statistics as compute_statistics
+from inception import inception_features as inception_features
+from inception import load_features as load_features
+from inception import load_statistics as load_statistics
+from inception import statistics_path as statistics_path
+from inception import stats as stats
+
+KID_BLOCK_SIZE = 1024  # tensorflow-gan's default, which the public code keeps
 
 
 def mean_and_stderr(values: Float[np.ndarray, "R N"]) -> dict[str, Any]:
-    """Mean over R repeats and N examples, and its standard error over the examples (each averaged over its repeats)."""
+    """Mean over R repeats and N examples, and its standard error over the examples (each averaged over its repeats).
+
+    For more than one repeat also `stderr_over_repeats`, which is that of the noise (dequantisation, probes) alone.
+    """
     per_example = np.mean(values, axis=0, dtype=np.float64)
     repeats, n = values.shape
     stderr = float(np.std(per_example, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    return {"mean": float(np.mean(per_example)), "stderr": stderr, "num_examples": n, "num_repeats": repeats}
+    result = {"mean": float(np.mean(per_example)), "stderr": stderr, "num_examples": n, "num_repeats": repeats}
+    if repeats > 1:
+        over_repeats = np.std(np.mean(values, axis=1, dtype=np.float64), ddof=1) / math.sqrt(repeats)
+        result["stderr_over_repeats"] = float(over_repeats)
+    return result
 
 
 def gaussian_bits_per_dim(dataset: datasets.Dataset, data_config: Any, seed: int) -> float:
@@ -69,4 +92,140 @@ def quadrature_nll(
         "true_entropy": float(entropy),
         "kl": float(nll - entropy),
         "model_mass": float(trapezoid(np.exp(model_logp), dx=cell)),
+    }
+
+
+# Samples of images. Features are in `inception`; TensorFlow is imported late, because training needs none of this.
+class KernelDistance(NamedTuple):
+    """`mean`: KID of all features. `stderr`: its standard error, by subsets. The rest: the subsets' own KIDs."""
+
+    mean: float
+    stderr: float
+    subset_mean: float
+    subset_std: float
+    subset_size: int
+    num_subsets: int
+
+
+@functools.cache
+def _tfgan() -> Any:
+    """tensorflow-gan's classifier metrics.
+
+    Its package does not import on TensorFlow 2.16 and later: it loads its estimators, and `tf.estimator` is gone. Bare
+    modules in place of the packages above the metrics let them be found without running those packages' own imports.
+    """
+    import tensorflow as tf
+
+    spec = importlib.util.find_spec("tensorflow_gan")
+    assert spec is not None and spec.submodule_search_locations, "tensorflow-gan is in requirements.txt"
+    folder = Path(spec.submodule_search_locations[0])
+    for name in ("tensorflow_gan", "tensorflow_gan.python", "tensorflow_gan.python.eval"):
+        if name not in sys.modules:
+            package = types.ModuleType(name)
+            package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+            sys.modules[name] = package
+    tf.get_logger().setLevel("ERROR")  # that they use deprecated arguments is nothing that the user can mend
+    return importlib.import_module("tensorflow_gan.python.eval.classifier_metrics")
+
+
+def frechet_distance(real: Float[np.ndarray, "N d"], fake: Float[np.ndarray, "M d"]) -> float:
+    """FID: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of the means and unbiased covariances (Heusel et al. 2017).
+
+    By tensorflow-gan, in float64. Biased upwards by some 1/N + 1/M: compare at equal numbers only. With fewer examples
+    than dimensions it is finite, but mostly that bias.
+    """
+    return float(_tfgan().frechet_classifier_distance_from_activations(_float64(real), _float64(fake)))
+
+
+def inception_score(logits: Float[np.ndarray, "N k"]) -> float:
+    """exp of the mean over x of KL(p(y|x) || p(y)), of all examples at once, no splits (Salimans et al. 2016).
+
+    By tensorflow-gan, in float64.
+    """
+    return float(_tfgan().classifier_score_from_logits(_float64(logits)))
+
+
+def kernel_distance(
+    real: Float[np.ndarray, "N d"], fake: Float[np.ndarray, "M d"], subsets: int = 100, subset_size: int = 1000
+) -> KernelDistance:
+    """KID, the unbiased squared MMD under k(x, y) = (x . y / d + 1)^3 (Binkowski et al. 2018), and its standard error.
+
+    mean: tensorflow-gan's block estimator over all features, in float64: ceil(max(N, M) / 1024) blocks in the order
+    given (which must not be sorted), averaged. Every block needs two of each: of the larger set, where it is more than
+    512 times the smaller, a random part (seed 0) is used.
+
+    stderr: subset i of both sets, drawn without replacement by seed i, has m = min(subset_size, min(N, M) // 2)
+    examples; with s the standard deviation of the subsets' KIDs, stderr = s sqrt(m / (min(N, M) - m)), the delete-d
+    jackknife (Shao and Wu 1989). The literature's "mean +- std" is subset_mean and subset_std = s: the spread of a KID
+    of m examples, not the error of `mean`. NaN where m < 2 or subsets < 2.
+    """
+    smaller = min(len(real), len(fake))
+    most = KID_BLOCK_SIZE * (smaller // 2)
+
+    def thinned(x: np.ndarray) -> np.ndarray:
+        return x[np.random.default_rng(0).permutation(len(x))[:most]] if len(x) > most else x
+
+    mean = _kid(thinned(real), thinned(fake), KID_BLOCK_SIZE)
+    m = min(subset_size, smaller // 2)
+    kids = np.full(max(subsets, 1), math.nan)
+    for i in range(subsets if m >= 2 else 0):
+        rng = np.random.default_rng(i)
+        some_real, some_fake = (x[rng.choice(len(x), m, replace=False)] for x in (real, fake))
+        kids[i] = _kid(some_real, some_fake, m)
+    std = float(np.std(kids, ddof=1)) if len(kids) > 1 else math.nan
+    stderr = std * math.sqrt(m / (smaller - m))
+    return KernelDistance(mean, stderr, float(np.mean(kids)), std, m, subsets)
+
+
+def _kid(real: np.ndarray, fake: np.ndarray, block_size: int) -> float:
+    metric = _tfgan().kernel_classifier_distance_from_activations
+    return float(metric(_float64(real), _float64(fake), max_block_size=block_size))
+
+
+def _float64(x: np.ndarray) -> Any:
+    import tensorflow as tf
+
+    return tf.constant(x, tf.float64)
+
+
+def sample_metrics(
+    features: Features,
+    statistics: Statistics,
+    pool_3: Float[np.ndarray, "M d"],
+    logits: Float[np.ndarray, "M k"],
+    eval_config: Any,
+) -> dict[str, Any]:
+    """IS, FID and KID of M samples and what they were made with, for JSON.
+
+    UserError: fewer than 2 samples, or statistics of other features (those of a public file cannot be told apart).
+    """
+    if len(pool_3) < 2:
+        raise UserError(f"IS, FID and KID need 2 samples, not {len(pool_3)}; raise eval.num_samples")
+    known = statistics.features_hash != UNKNOWN
+    if statistics.pool_3.shape[1] != pool_3.shape[1] or (known and statistics.features_hash != features.hash):
+        raise UserError(
+            f"{statistics.path} has {statistics.pool_3.shape[1]} features of {statistics.features_name}, hash "
+            f"{statistics.features_hash}; the samples' are {pool_3.shape[1]} of {features.name}, hash {features.hash}: "
+            "make the file anew with --mode stats, or set eval.inception_path to the same features"
+        )
+    kid = kernel_distance(statistics.pool_3, pool_3, eval_config.kid_subsets, eval_config.kid_subset_size)
+    return {
+        "inception_score": inception_score(logits),
+        "fid": frechet_distance(statistics.pool_3, pool_3),
+        "kid": kid._asdict(),
+        "num_samples": len(pool_3),
+        "features": {
+            "name": features.name,
+            "hash": features.hash,
+            "resize": features.resize,
+            "comparable": features.comparable,
+            "note": features.note,
+        },
+        "statistics": {
+            "path": statistics.path,
+            "hash": statistics.hash,
+            "num_images": len(statistics.pool_3),
+            "features_name": statistics.features_name,
+            "features_hash": statistics.features_hash,
+        },
     }

@@ -4,12 +4,13 @@ Everything is per example and in nats until `bits_per_dim`. Notation: x_t = alph
 g(t), score s, J = ds/dx, D = number of entries of one x, probe v with E[v v^T] = I.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from errors import UserError
 from ode import rk45
@@ -17,6 +18,7 @@ from sde_lib import SDE, batch_mul
 
 ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 Batch = Float[Array, "B *shape"]
+Probes = Float[Array, "K B *shape"]
 PerExample = Float[Array, "B"]
 
 
@@ -34,29 +36,38 @@ def probe(key: PRNGKeyArray, shape: tuple[int, ...], kind: str) -> Array | None:
     raise UserError(f"eval.hutchinson_type={kind!r} is unknown; use rademacher, gaussian or exact")
 
 
-def score_and_divergence(score_fn: ScoreFn, x: Batch, t: PerExample, probe: Batch | None) -> tuple[Batch, PerExample]:
-    """s [B, ...] and v . J v [B] from one forward-mode pass; tr J without a probe.
+def score_and_divergence(
+    score_fn: ScoreFn, x: Batch, t: PerExample, probe: Batch | Probes | None
+) -> tuple[Batch, PerExample]:
+    """s [B, ...] and v . J v [B] from one forward-mode pass; its mean over probes [K, B, ...]; tr J without a probe.
 
     The trace takes D tangents and B D^2 numbers: small D only. Examples are independent, so the derivative by one shift
     of them all holds each one's own Jacobian.
     """
-    if probe is not None:
-        score, jv = jax.jvp(lambda x: score_fn(x, t), (x,), (probe,))
-        return score, _inner(probe, jv)
+    if probe is None:
 
-    def shifted(delta):
-        score = score_fn(x + delta, t)
-        return score, score
+        def shifted(delta):
+            score = score_fn(x + delta, t)
+            return score, score
 
-    jacobian, score = jax.jacfwd(shifted, has_aux=True)(jnp.zeros_like(x[0]))
-    return score, jnp.trace(jacobian.reshape(x.shape[0], x[0].size, -1), axis1=1, axis2=2)
+        jacobian, score = jax.jacfwd(shifted, has_aux=True)(jnp.zeros_like(x[0]))
+        return score, jnp.trace(jacobian.reshape(x.shape[0], x[0].size, -1), axis1=1, axis2=2)
+
+    def directional(v):
+        score, jv = jax.jvp(lambda x: score_fn(x, t), (x,), (v,))
+        return score, _inner(v, jv)
+
+    if probe.ndim == x.ndim:
+        return directional(probe)
+    score, quadratic = jax.vmap(directional, out_axes=(None, 0))(probe)  # the score is computed once
+    return score, jnp.mean(quadratic, axis=0)
 
 
 def ode_log_likelihood(
     sde: SDE,
     score_fn: ScoreFn,
     x: Batch,
-    probe: Batch | None,
+    probe: Batch | Probes | None,
     *,
     eps: float = 1e-5,
     rtol: float = 1e-5,
@@ -67,8 +78,8 @@ def ode_log_likelihood(
 
     dx/dt = f x - g^2 s / 2 from x at eps to z at T;  log p(x) = log prior(z) + integral of (D f - g^2 tr J / 2) dt.
 
-    With a probe, fixed over the solve, tr J is v . J v, and the mean over probes is log p(x). The part D f is exact
-    either way.
+    With a probe, fixed over the solve, tr J is v . J v, and the mean over probes is log p(x); K probes are averaged at
+    every evaluation. The part D f is exact either way.
 
     Returns:
         log p(x) in nats [B], z [B, ...], evaluations of the score [B]. An example that the solver gave up on has NaN
@@ -91,7 +102,7 @@ def likelihood_bound(
     sde: SDE,
     score_fn: ScoreFn,
     x: Batch,
-    key: PRNGKeyArray,
+    keys: Shaped[Array, "B *key"],
     *,
     eps: float = 1e-5,
     num_time_samples: int = 1000,
@@ -106,27 +117,31 @@ def likelihood_bound(
     (Song et al. 2021, arXiv 2101.09258, theorem 3). One draw of the noises at T and eps, `num_time_samples` in between.
 
     Args:
+        keys: one for each example, whose draws are a function of its key alone.
         num_time_samples: independent times, each with its own noise; a time costs one evaluation of the score.
         importance_weighting: times uniform in log-SNR, which has less variance, instead of uniform in [eps, T].
         denoising: the denoising form; otherwise the sliced form, with a probe of `hutchinson_type`.
         offset: accounts for starting at eps and not at 0.
     """
-    time_key, prior_key, offset_key = jax.random.split(key, 3)
+    shape = x.shape[1:]
+    normal = jax.vmap(functools.partial(jax.random.normal, shape=shape))
+    prior_keys, offset_keys, time_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
 
-    def add_sample(total, key):
+    def draw(key):
         u_key, noise_key, probe_key = jax.random.split(key, 3)
-        u = jax.random.uniform(u_key, x.shape[:1])
+        v = None if denoising else probe(probe_key, shape, hutchinson_type)
+        return jax.random.uniform(u_key), jax.random.normal(noise_key, shape), v
+
+    def add_sample(total, number):
+        u, noise, v = jax.vmap(lambda key: draw(jax.random.fold_in(key, number)))(time_keys)
         t = sde.importance_weighted_time(u, eps) if importance_weighting else eps + u * (sde.T - eps)
-        noise = jax.random.normal(noise_key, x.shape)
-        v = None if denoising else probe(probe_key, x.shape, hutchinson_type)
         integrand = bound_integrand(sde, score_fn, x, t, noise, v, denoising=denoising)
         return total + integrand * inverse_time_density(sde, t, eps, importance_weighting), None
 
-    keys = jax.random.split(time_key, num_time_samples)
-    total, _ = jax.lax.scan(add_sample, jnp.zeros(x.shape[0], x.dtype), keys)
-    bound = bound_prior(sde, x, jax.random.normal(prior_key, x.shape)) - total / num_time_samples
+    total, _ = jax.lax.scan(add_sample, jnp.zeros(x.shape[0], x.dtype), jnp.arange(num_time_samples))
+    bound = bound_prior(sde, x, normal(prior_keys)) - total / num_time_samples
     if offset:
-        bound -= bound_offset(sde, score_fn, x, jax.random.normal(offset_key, x.shape), eps)
+        bound -= bound_offset(sde, score_fn, x, normal(offset_keys), eps)
     return bound
 
 

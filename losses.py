@@ -20,8 +20,8 @@ from sde_lib import SDE, batch_mul
 
 ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 PyTree = Any
-# (params, model_state, dropout key) -> score function
-ScoreFnOfParams = Callable[[PyTree, PyTree, PRNGKeyArray], ScoreFn]
+# (params, model_state, dropout keys [B]) -> score function
+ScoreFnOfParams = Callable[[PyTree, PyTree, Array], ScoreFn]
 # (params, model_state, x0 [B, ...], example index in the global batch [B], key) -> (mean loss, terms [B] by name)
 LossFn = Callable[[PyTree, PyTree, Array, Array, PRNGKeyArray], tuple[Array, dict[str, Array]]]
 
@@ -218,7 +218,8 @@ def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfPar
     def loss_fn(params, model_state, x0, index, key):
         draw_key, dropout_key = jax.random.split(key)
         draws = draw(sde, draw_key, index, x0.shape[1:], eps=eps, importance=importance)
-        score_fn = score_fn_of_params(params, model_state, dropout_key)
+        dropout_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(dropout_key, index)
+        score_fn = score_fn_of_params(params, model_state, dropout_keys)
         terms = dsm_losses(sde, score_fn, x0, *draws, order, exact)
         first = terms.first * first_order_weight(sde, draws.t, likelihood=likelihood, importance=importance)
         if not reduce_mean:
@@ -273,8 +274,9 @@ def get_step_fn(
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """One optimiser step (state, x0 [B, ...]) -> (state, metrics), to be scanned inside a pmap over `axis_name`.
 
-    Metrics are scalars: the batch means of the loss terms and `grad_norm` before clipping. An example's randomness
-    follows from the step and its place in the global batch, so the number of devices does not change the result.
+    Metrics are scalars: the batch means of the loss terms, `grad_norm` before clipping and `skipped`. An example's
+    randomness follows from the step and its place in the global batch, so the number of devices does not change the
+    result. A step whose loss or gradient is not finite changes nothing but `step`; `skipped` is then 1, else 0.
     """
 
     def step_fn(state, x0):
@@ -290,6 +292,9 @@ def get_step_fn(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_rate)
-        return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), metrics
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        stepped = state.replace(params=params, ema_params=ema_params, opt_state=opt_state)
+        state = jax.tree.map(lambda new, old: jnp.where(good, new, old), stepped, state)
+        return state.replace(step=state.step + 1), {**metrics, "skipped": 1.0 - good}
 
     return step_fn

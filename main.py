@@ -14,16 +14,27 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import hosts
 from configs.check import check_config, check_key
 from errors import UserError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Config file; override a key with --config.a.b=c.")
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, samples, results.")
-flags.DEFINE_enum("mode", None, ["train", "eval"], "What to do.")
+flags.DEFINE_enum(
+    "mode",
+    None,
+    ["train", "eval", "train_deq", "stats"],
+    "train: the score model. eval: its likelihoods, samples and metrics. train_deq: a variational dequantiser of it. "
+    "stats: statistics of the training images for FID and KID (no workdir).",
+)
 flags.DEFINE_string("eval_folder", "eval", "Folder under workdir for the results of --mode eval.")
+flags.DEFINE_string("deq_folder", "flowpp_dequantizer", "Folder under workdir of the variational dequantiser.")
+flags.DEFINE_string("coordinator_address", None, "Several hosts: address:port of the first. SLURM, TPU: not needed.")
+flags.DEFINE_integer("num_processes", None, "Several hosts: how many.")
+flags.DEFINE_integer("process_id", None, "Several hosts: which this one is, from 0.")
 flags.DEFINE_string("compilation_cache", "~/.cache/mle_score_ode", "Folder of compiled programs; empty: none.")
-flags.mark_flags_as_required(["workdir", "config", "mode"])
+flags.mark_flags_as_required(["config", "mode"])
 
 
 def set_up_logging(workdir: Path) -> None:
@@ -58,17 +69,28 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
     check_config(FLAGS.config)
-    workdir = Path(FLAGS.workdir)
-    if FLAGS.mode == "eval" and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} does not exist; --mode eval needs the workdir of a training run")
-    set_up_logging(workdir)
+    hosts.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     use_compilation_cache(FLAGS.compilation_cache)
+    if FLAGS.mode == "stats":
+        logging.set_verbosity(logging.INFO)
+        import evaluation
+
+        print(evaluation.stats(FLAGS.config))
+        return
+    if FLAGS.workdir is None:
+        raise UserError(f"--mode {FLAGS.mode} needs --workdir, the folder of the run")
+    workdir = Path(FLAGS.workdir)
+    if FLAGS.mode != "train" and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} does not exist; --mode {FLAGS.mode} needs the workdir of a training run")
+    set_up_logging(workdir)
     import run_lib  # late: a wrong flag should not wait for the libraries
 
     if FLAGS.mode == "train":
         run_lib.train(FLAGS.config, workdir)
+    elif FLAGS.mode == "train_deq":
+        run_lib.train_deq(FLAGS.config, workdir, FLAGS.deq_folder)
     else:
-        run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder)
+        run_lib.evaluate(FLAGS.config, workdir, FLAGS.eval_folder, FLAGS.deq_folder)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

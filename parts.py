@@ -1,5 +1,6 @@
 """What both jobs are built from: the config made into a process, data, a network and an optimiser."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import models
 import sde_lib
 from configs.check import check_config, flatten
 from errors import UserError
+from models import flowpp
 from models.score import get_score_fn
 
 Config = Any  # an ml_collections.ConfigDict, whose keys have no types
@@ -28,10 +30,10 @@ class Parts(NamedTuple):
     model: nn.Module
     optimizer: Any
 
-    def score_fn(self, params, model_state, dropout_key=None) -> losses.ScoreFn:
-        """Network to score; with a dropout key, in training mode."""
-        train = dropout_key is not None
-        return get_score_fn(self.sde, self.model, params, model_state, train=train, dropout_key=dropout_key)
+    def score_fn(self, params, model_state, dropout_keys=None) -> losses.ScoreFn:
+        """Network to score; with dropout keys, one for each example, in training mode."""
+        train = dropout_keys is not None
+        return get_score_fn(self.sde, self.model, params, model_state, train=train, dropout_keys=dropout_keys)
 
     @property
     def inverse_scaler(self) -> Callable:
@@ -42,14 +44,32 @@ class Parts(NamedTuple):
         """The state before the first step, on one device."""
         init_key, key = jax.random.split(jax.random.PRNGKey(self.config.seed))
         params, model_state = models.init_params(self.model, init_key, (1, *self.dataset.shape))
-        return losses.TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            ema_params=params,
-            opt_state=self.optimizer.init(params),
-            model_state=model_state,
-            key=key,
-        )
+        return new_state(params, model_state, self.optimizer, key)
+
+
+def new_state(params: Any, model_state: Any, optimizer: Any, key: Any) -> losses.TrainState:
+    """The state before the first step."""
+    return losses.TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=params,
+        opt_state=optimizer.init(params),
+        model_state=model_state,
+        key=key,
+    )
+
+
+def dequantizer_state(parts: Parts, model: flowpp.Dequantizer, images: np.ndarray | None = None) -> losses.TrainState:
+    """Of the variational dequantiser, initialised from images [B, H, W, C] in [0, 1]; without, only its shapes."""
+    init_key, u_key, key = jax.random.split(jax.random.PRNGKey(parts.config.seed), 3)
+
+    def init(images):
+        u = jax.random.normal(u_key, images.shape)
+        return new_state(flowpp.init_params(model, init_key, images, u), {}, parts.optimizer, key)
+
+    if images is None:
+        return jax.eval_shape(init, jax.ShapeDtypeStruct((1, *parts.dataset.shape), jnp.float32))
+    return init(jnp.asarray(images))
 
 
 def build(config: Config) -> Parts:
@@ -68,20 +88,36 @@ def build(config: Config) -> Parts:
     )
 
 
-def replicate(tree):
-    """One copy for each local device, on a new leading axis.
+def all_devices() -> list:
+    """Of all hosts, those of host 0 first: so host k's part of a batch is the k-th contiguous part."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def replicate(tree, devices: list | None = None):
+    """One copy for each device of this host, on a new leading axis; devices: of the pmap it is for (all).
 
     The pmapped identity puts it where pmap's own results lie; else the first step would be compiled twice.
     """
     copies = jax.tree.map(lambda x: np.stack([x] * jax.local_device_count()), tree)
-    return jax.pmap(lambda x: x)(copies) if jax.tree.leaves(copies) else copies
+    p_identity = jax.pmap(lambda x: x, devices=devices or all_devices())
+    return p_identity(copies) if jax.tree.leaves(copies) else copies
 
 
 def first(tree):
-    """The first device's copy, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x[0]), tree)
+    """The copy of this host's first device, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
 
 
 def shard(x: np.ndarray) -> np.ndarray:
     """[B, ...] to [local devices, B / devices, ...]."""
     return x.reshape(jax.local_device_count(), -1, *x.shape[1:])
+
+
+def digest(tree) -> str:
+    """12 hexadecimal digits that tell two trees of arrays apart."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+        array = np.ascontiguousarray(leaf)
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()[:12]

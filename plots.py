@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+import fisher_plot
 from errors import UserError
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; without yellow, too pale for a line on white.
@@ -120,6 +121,11 @@ def pictures(run: Run) -> Iterator[Picture]:
         values, unit = (arrays["bpd"], "bits/dim") if "bpd" in arrays else (-arrays["logp"], "nats")
         caption = f"Examples, each averaged over its repeats; band: ± one standard error. From {run.name(path)}."
         yield Picture("bpd", _png(likelihoods(values, unit)), caption)
+    if found := _newest_npz(run.eval, "fisher_*.npz", *fisher_plot.REQUIRED):
+        path, arrays = found
+        figure, axes = _panels(1, 2, 5.6, 4.6)
+        fisher_plot.draw(axes[0], arrays, PALETTE)
+        yield Picture("fisher", _png(figure), f"{fisher_plot.CAPTION} From {run.name(path)}.")
 
 
 def _png(figure: Figure) -> bytes:

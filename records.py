@@ -1,13 +1,16 @@
 """What a run writes down: JSON and npz files that are never half written, and the log of its metrics."""
 
+import itertools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from errors import UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -16,6 +19,14 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """UserError if it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it") from error
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
@@ -39,9 +50,15 @@ class MetricsLog:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self.note(step, split, values)
         for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def note(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """A line of `metrics.jsonl` alone; a number that is not finite, which JSON lacks, is null there."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -53,21 +70,21 @@ class Pending:
 
     def __init__(self, values: dict[str, list[float]] | None = None):
         self.values = values or {}
-        self._on_device: list[dict[str, jax.Array]] = []
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """metrics: [devices, n] each, equal on all devices. They are fetched later, not to hold up the device."""
-        self._on_device.append(metrics)
-
-    def flush(self) -> dict[str, list[float]]:
-        for metrics in self._on_device:
-            for name, value in metrics.items():
-                self.values.setdefault(name, []).extend(np.asarray(value[0]).tolist())
-        self._on_device = []
-        return self.values
+    def add(self, metrics: dict[str, np.ndarray]) -> None:
+        """metrics: [n] each, of n steps."""
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).extend(value.tolist())
 
     def means(self) -> dict[str, float]:
-        """Means over the steps since the last call."""
-        means = {name: math.fsum(values) / len(values) for name, values in self.flush().items()}
+        """Means since the last call over the steps that were taken, and how many were `skipped`; NaN if all were."""
+        skipped = self.values.pop("skipped", [])
+        taken = [not skip for skip in skipped]
+        means = {name: _mean(itertools.compress(values, taken)) for name, values in self.values.items()}
         self.values = {}
-        return means
+        return {**means, "skipped": math.fsum(skipped)}
+
+
+def _mean(values: Iterable[float]) -> float:
+    kept = list(values)
+    return math.fsum(kept) / len(kept) if kept else math.nan

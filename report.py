@@ -21,6 +21,12 @@ from plots import STYLE, Picture, Run, comparisons, image_grid, load, pictures, 
 # Key of eval/report_<ckpt>.json: what it is, unit. A key that is not here is shown under its own name.
 HEADLINES = {
     "bpd": ("Negative log-likelihood by the ODE", "bits/dim"),
+    "bpd_variational": ("The same, variationally dequantised", "bits/dim"),
+    "bpd_train": ("The same, of training images", "bits/dim"),
+    "bpd_variational_train": ("The same, of training images, variationally dequantised", "bits/dim"),
+    "bound": ("Variational bound on it, by the SDE", ""),
+    "bound_variational": ("The bound, variationally dequantised", ""),
+    "bound_train": ("The bound, of training data", ""),
     "gaussian_bpd": ("For comparison: a Gaussian fitted to the training data", "bits/dim"),
     "nll": ("Negative log-likelihood by the ODE", "nats"),
     "exact_nll": ("Negative log-likelihood by the ODE, integrated over the true density", "nats"),
@@ -28,7 +34,15 @@ HEADLINES = {
     "kl": ("KL(truth || model)", "nats"),
     "model_mass": ("Integral of the model's density over the grid, ideally 1", ""),
     "nfe": ("Function evaluations of the likelihood ODE", ""),
+    "loss": ("Training loss over the test split", ""),
+    "sampling": ("Samples", ""),
+    "inception_score": ("Inception score of the samples", ""),
+    "fid": ("FID of the samples", ""),
+    "kid": ("KID of the samples", ""),
+    "fisher": ("Integrated over time along the ODE", ""),
 }
+_FACTS = ("checkpoint", "step", "dataset", "parameters")  # of a result, beside its quantities
+_DETAILS = ("settings",)  # of a quantity, for the JSON file alone
 CSS = """body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;margin:1em 0}th,td{padding:.3em .9em;text-align:left;border-bottom:1px solid #ddd}
 thead th{border-bottom:2px solid #888}td{font-variant-numeric:tabular-nums}h2{margin-top:2em}
@@ -100,7 +114,7 @@ def _text(value: Any, unit: str = "") -> str:
         unit, n = value.get("unit", unit), value.get("num_examples")
         return f"{plus_minus(value['mean'], value['stderr'])} {unit}" + (f" ({n:,} examples)" if n else "")
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_text(v)}" for key, v in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_text(v)}" for key, v in value.items() if key not in _DETAILS)
     if isinstance(value, float):
         return f"{value:.5g} {unit}".strip()
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -109,9 +123,23 @@ def _text(value: Any, unit: str = "") -> str:
 def _headline_rows(results: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     """For each quantity that some result has: its name and its value in each of them."""
     for key in dict.fromkeys([*HEADLINES, *(key for result in results for key in result)]):
-        if key not in ("checkpoint", "step", "dataset") and any(key in result for result in results):
+        if key not in _FACTS and any(key in result for result in results):
             label, unit = HEADLINES.get(key, (key.replace("_", " "), ""))
-            yield [label, *(_text(result[key], unit) if key in result else "" for result in results)]
+            values = [result.get(key, "") for result in results]
+            if all(isinstance(value, dict) and "stderr" not in value and len(value) > 3 for value in values):
+                for part in dict.fromkeys(part for value in values for part in value):
+                    name = f"{label}: {part.replace('_', ' ')}"
+                    yield [name, *(_text(value.get(part, "")) for value in values)]
+            else:
+                yield [label, *(_text(value, unit) for value in values)]
+
+
+def results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The same rows as plain text, one column for each result, for a console."""
+    head = ["", *(f"checkpoint {r['checkpoint']}, step {r['step']:,}" for r in results)]
+    rows = [head, *_headline_rows(results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _headlines(run: Run) -> str:

@@ -1,11 +1,7 @@
-"""The two jobs, `train` and `evaluate`: builds each part once, owns the loops and the pmap."""
+"""The three jobs, `train`, `train_deq` and `evaluate`: each builds its parts once and runs them under pmap."""
 
-import datetime
 import functools
-import json
 import math
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +12,21 @@ from absl import logging
 
 import checkpoints
 import datasets
-import evaluation
-import likelihood
+import dequantization
+import loop
 import losses
 import report
-import sampling
 from configs.check import check_config
+from configs.resume import check_resumed
 from errors import UserError
-from parts import Config, Parts, build, first, replicate, shard
-from records import MetricsLog, Pending, write_json, write_npz
-
-TERMS = ("loss", "first", "second", "third")
+from evaluators import EVALUATORS
+from evaluators.context import Context
+from evaluators.dequantized import uniform, variational
+from evaluators.samples import count_failed, sampler
+from locks import workdir_lock
+from models.flowpp import create_dequantizer
+from parts import Config, Parts, all_devices, build, dequantizer_state, digest, replicate, shard
+from records import read_json, write_json, write_npz
 
 
 def unrolled(step_fn, state, xs):
@@ -38,11 +38,21 @@ def unrolled(step_fn, state, xs):
     return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
-def _grouped(loader: Iterator[dict], n: int) -> Iterator[np.ndarray]:
-    """Stacks n batches [B, ...] for one call of the scanned step: [local devices, n, B / devices, ...]."""
-    while True:
-        batches = [shard(next(loader)["x"]) for _ in range(n)]
-        yield np.stack(batches, axis=1)
+def pmapped_steps(step_fn_of, is_image: bool, frozen: Any = ()):
+    """(state, x [devices, n, b, ...]) -> (state, metrics [devices, n]): n steps of `step_fn_of(frozen)`.
+
+    frozen: parameters that do not change, an argument of the program because as constants they would swell it.
+    """
+    # XLA on the CPU is slow at differentiating convolution kernels inside a loop: none for images there
+    # (benchmarks/unrolled_steps.py).
+    scan = unrolled if jax.default_backend() == "cpu" and is_image else jax.lax.scan
+
+    @functools.partial(jax.pmap, axis_name="batch", donate_argnums=0, devices=all_devices())
+    def steps(state, x, frozen):
+        return scan(step_fn_of(frozen), state, x)
+
+    copies = replicate(frozen)
+    return lambda state, x: steps(state, x, copies)
 
 
 def _snapshot_number(config, step: int) -> int:
@@ -50,15 +60,22 @@ def _snapshot_number(config, step: int) -> int:
     return max(1, math.ceil((step - 1) / config.training.snapshot_freq))
 
 
-def _restore_or_init(parts: Parts, directory: Path) -> tuple[losses.TrainState, dict[str, Any]]:
-    """The newest resume checkpoint and its record, or the state to start from."""
-    state = parts.init_state()
-    path = checkpoints.latest(directory)
-    if path is None:
-        return _init_from(parts.config.training, state), {}
-    restored = checkpoints.restore(path)
-    logging.info("resuming from %s", path)
-    return checkpoints.into(state, restored.state, path), restored.record
+def _resume(
+    config: Config, directory: Path, target: losses.TrainState, fixed: tuple[str, ...] = ()
+) -> tuple[losses.TrainState, dict] | None:
+    """State and record of the newest readable checkpoint of a run's folder, of resuming ones before kept ones.
+
+    fixed: config keys that may not differ from the checkpoint's, beside those of `check_resumed`.
+    """
+    for folder in ("checkpoints-meta", "checkpoints"):
+        if (newest := checkpoints.newest_readable(directory / folder)) is not None:
+            path, restored = newest
+            if not restored.record:
+                continue  # a file of the public code: it starts a run by training.init_from, and resumes none
+            check_resumed(config, restored.record["config"], path, fixed)
+            logging.info("resuming from %s", path)
+            return checkpoints.into(target, restored.state, path), restored.record
+    return None
 
 
 def _init_from(training: Config, state: losses.TrainState) -> losses.TrainState:
@@ -84,309 +101,269 @@ def _init_from(training: Config, state: losses.TrainState) -> losses.TrainState:
     return source.replace(key=state.key)
 
 
-def _eval_loss_fn(parts: Parts):
-    """(ema_params, model_state) -> terms, on the first test examples: a training batch of images, eight of points.
+def _eval_fn(parts: Parts, loss_fn_of, frozen: Any = (), **options: Any):
+    """(state) -> mean terms of `loss_fn_of(frozen)` on the first test examples: a batch of images, eight of points.
 
     The same examples, times, noise and probes every time, so that the curve shows the network and not the draw.
+    options: of `datasets.eval_batch`.
     """
     config = parts.config
-    devices = jax.local_device_count()
-    size = config.training.batch_size * (1 if parts.dataset.is_image else 8) // jax.process_count()
+    devices = jax.device_count()
+    size = config.training.batch_size * (1 if parts.dataset.is_image else 8)
     size = min(size, len(parts.dataset.test)) // devices * devices
     if size == 0:
         raise UserError(f"the test split of {parts.dataset.name} has fewer examples than there are devices, {devices}")
-    dequantize = config.data.uniform_dequantization
-    batches = datasets.eval_batches(
-        parts.dataset, config.data, "test", size, seed=config.seed, dequantize=dequantize, limit=size
-    )
-    batch = next(batches)
-    loss_fn = losses.get_loss_fn(config.training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
+    index = np.arange(size).reshape(jax.process_count(), -1)[jax.process_index()]
+    x = datasets.eval_batch(parts.dataset, config.data, "test", index, seed=config.seed, **options)
 
-    @functools.partial(jax.pmap, axis_name="batch")
-    def terms(params, model_state, x, index):
-        _, values = loss_fn(params, model_state, x, index, jax.random.PRNGKey(config.seed))
+    @functools.partial(jax.pmap, axis_name="batch", devices=all_devices())
+    def terms(params, model_state, x, index, frozen):
+        _, values = loss_fn_of(frozen)(params, model_state, x, index, jax.random.PRNGKey(config.seed))
         return jax.lax.pmean(jax.tree.map(jnp.mean, values), "batch")
 
-    x, index = shard(batch["x"]), shard(batch["index"].astype(np.int32))
-    return lambda params, model_state: {
-        name: float(value[0]) for name, value in terms(params, model_state, x, index).items()
-    }
+    x, index, copies = shard(x), shard(index.astype(np.int32)), replicate(frozen)
 
+    def evaluate(state):
+        values = terms(state.ema_params, state.model_state, x, index, copies)
+        return {name: float(value.addressable_data(0)[0]) for name, value in values.items()}
 
-def _sampler(parts: Parts, batch: int):
-    """(params, model_state, keys), each with a leading axis of devices -> samples [batch, ...], nfe [batch]."""
-    inverse_scaler = parts.inverse_scaler
-    sample = sampling.get_sampling_fn(parts.config.sampling, parts.sde, parts.dataset.shape, inverse_scaler)
-    devices = jax.local_device_count()
-    per_device = math.ceil(batch / devices)
-
-    @jax.pmap
-    def draw(params, model_state, key):
-        return sample(parts.score_fn(params, model_state), key, per_device)
-
-    def draw_batch(params, model_state, key):
-        x, nfe = draw(params, model_state, jax.random.split(key, devices))
-        x, nfe = np.asarray(x), np.asarray(nfe)
-        return x.reshape(-1, *x.shape[2:])[:batch], nfe.reshape(-1)[:batch]
-
-    return draw_batch
+    return evaluate
 
 
 def train(config: Config, workdir: str | Path) -> losses.TrainState:
     """Trains to `training.n_iters` steps, or on from the newest checkpoint in `workdir/checkpoints-meta`.
 
-    Writes `checkpoints/` (kept), `checkpoints-meta/` (the newest, for resuming), `metrics.jsonl`, `tensorboard/`,
-    `samples/` and `report/` under `workdir`. Returns the final state, on the host.
+    Writes `checkpoints/` (kept), `checkpoints-meta/` (the newest two, for resuming), `metrics.jsonl`, `tensorboard/`,
+    `samples/` and `report/` under `workdir`. A signal ends it early, saved. Returns the last state, on the host.
     """
     workdir = Path(workdir)
     parts = build(config)
-    training = config.training
-    workdir.mkdir(parents=True, exist_ok=True)
-    state, record = _restore_or_init(parts, workdir / "checkpoints-meta")
-    step = int(state.step)
-    write_json(workdir / "config.json", config.to_dict())
+    with workdir_lock(workdir):
+        training = config.training
+        state = parts.init_state()
+        state, record = _resume(config, workdir, state) or (_init_from(training, state), {})
+        if jax.process_index() == 0:
+            write_json(workdir / "config.json", config.to_dict())
+        loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
+        plain_loss_fn = losses.get_loss_fn(training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
+        step_fn = losses.get_step_fn(loss_fn, parts.optimizer, config.model.ema_rate)
+        _log_start(parts, state, f"{config.model.name}, order {training.score_matching_order}", training.n_iters)
+        job = loop.Job(
+            config=config,
+            directory=workdir,
+            state=state,
+            record=record,
+            loader=_train_loader(parts, config.data),
+            p_step=pmapped_steps(lambda _: step_fn, parts.dataset.is_image),
+            n_iters=training.n_iters,
+            eval_fn=_eval_fn(parts, lambda _: plain_loss_fn, dequantize=config.data.uniform_dequantization),
+            on_snapshot=_sample_saver(parts, workdir) if training.snapshot_sampling else None,
+            shown=("loss", "first", "second", "third", "grad_norm"),
+            snapshot_number=functools.partial(_snapshot_number, config),
+        )
+        state = loop.run(job)
+        if jax.process_index() == 0:
+            logging.info("at step %d; checkpoints in %s", int(state.step), workdir / "checkpoints")
+            logging.info("report: %s", report.write_report(workdir))
+        return state
 
-    loader = datasets.train_loader(
+
+def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_dequantizer") -> losses.TrainState:
+    """Trains a variational dequantiser of 8-bit images for the score model `eval.ckpt_id` of `workdir` (0: the newest).
+
+    The loss is the variational bound in bits/dim under the EMA parameters of the score model, which stay as they are
+    (`dequantization.get_loss_fn`). It runs and resumes as `train` does, for `deq.n_iters` steps, with the other
+    settings of `config.training` and `config.optim`, in `workdir/deq_folder`. UserError: no such score model, points.
+    """
+    workdir = Path(workdir)
+    path = checkpoints.find(workdir / "checkpoints", config.eval.ckpt_id)
+    parts = build(config)
+    if not parts.dataset.is_image:
+        raise UserError(f"--mode train_deq needs 8-bit images; data.dataset={config.data.dataset!r} has none")
+    directory = workdir / deq_folder
+    with workdir_lock(directory):
+        score = checkpoints.into(parts.init_state(), checkpoints.restore(path).state, path)
+        frozen = score.ema_params, score.model_state
+        facts = {"score_model": digest(frozen)}
+        model = create_dequantizer(config.deq.network, config.deq.dropout)
+        resumed = _resume(config, directory, dequantizer_state(parts, model), ("deq.network",))
+        if resumed is not None and resumed[1]["score_model"] != facts["score_model"]:
+            raise UserError(
+                f"{directory} has a dequantiser of another score model than {path}; set another --deq_folder"
+            )
+        state, record = resumed or (_init_dequantizer(parts, model), {})
+        if jax.process_index() == 0:
+            write_json(directory / "config.json", config.to_dict())
+
+        def loss_fn_of(frozen, train=True):
+            loss_fn = dequantization.get_loss_fn(
+                parts.sde,
+                parts.score_fn(*frozen),
+                model,
+                datasets.get_data_scaler(config.data.centered),
+                parts.inverse_scaler,
+                eps=config.training.smallest_time,
+                offset=config.deq.offset,
+                train=train,
+            )
+            return lambda params, _, x, index, key: loss_fn(params, x, index, key)
+
+        def step_fn_of(frozen):
+            return losses.get_step_fn(loss_fn_of(frozen), parts.optimizer, config.deq.ema_rate)
+
+        _log_start(parts, state, f"the dequantiser {config.deq.network} of {path}", config.deq.n_iters)
+        job = loop.Job(
+            config=config,
+            directory=directory,
+            state=state,
+            record=record,
+            loader=_train_loader(parts, _as_levels(config.data)),
+            p_step=pmapped_steps(step_fn_of, True, frozen),
+            n_iters=config.deq.n_iters,
+            eval_fn=_eval_fn(parts, functools.partial(loss_fn_of, train=False), frozen, dequantize=False, scale=False),
+            facts=facts,
+            shown=("loss", "bound", "log_q", "grad_norm"),
+            snapshot_number=functools.partial(_snapshot_number, config),
+        )
+        state = loop.run(job)
+        if jax.process_index() == 0:
+            logging.info("at step %d; checkpoints in %s", int(state.step), directory / "checkpoints")
+            logging.info("report: %s", report.write_report(directory))
+        return state
+
+
+def _init_dequantizer(parts: Parts, model) -> losses.TrainState:
+    """Initialised from the first training images, the same on every host."""
+    index = np.arange(min(parts.config.deq.init_batch_size, len(parts.dataset.train)))
+    images = datasets.eval_batch(
+        parts.dataset, parts.config.data, "train", index, seed=parts.config.seed, dequantize=False, scale=False
+    )
+    return jax.device_get(dequantizer_state(parts, model, images))
+
+
+def _as_levels(data_config: Config) -> Config:
+    """The same data as multiples of 1/255 in [0, 1]."""
+    levels = data_config.copy_and_resolve_references()
+    levels.update(centered=False, uniform_dequantization=False)
+    return levels
+
+
+def _train_loader(parts: Parts, data_config: Config):
+    return datasets.train_loader(
         parts.dataset,
-        config.data,
-        batch_size=training.batch_size,
-        seed=config.seed,
+        data_config,
+        batch_size=parts.config.training.batch_size,
+        seed=parts.config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    if record:
-        loader.set_state(record["loader"])
-    pending = Pending(record.get("pending"))
-    log = MetricsLog(workdir, step)
-    loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
-    step_fn = losses.get_step_fn(loss_fn, parts.optimizer, config.model.ema_rate)
-    # XLA on the CPU is slow at differentiating convolution kernels inside a loop: none for images there
-    # (benchmarks/unrolled_steps.py).
-    scan = unrolled if jax.default_backend() == "cpu" and parts.dataset.is_image else jax.lax.scan
-    p_step = jax.pmap(functools.partial(scan, step_fn), axis_name="batch", donate_argnums=0)
-    eval_loss = _eval_loss_fn(parts)
-    n_params = sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def _log_start(parts: Parts, state: losses.TrainState, what: str, n_iters: int) -> None:
     logging.info(
-        "training %s on %s: %s parameters, order %d, batch %d on %d %s device(s), steps %d to %d",
-        config.model.name,
+        "training %s on %s: %s parameters, batch %d on %d %s device(s) of %d host(s), steps %d to %d",
+        what,
         parts.dataset.name,
-        f"{n_params:,}",
-        training.score_matching_order,
-        training.batch_size,
+        f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
+        parts.config.training.batch_size,
         jax.device_count(),
         jax.default_backend(),
-        step,
-        training.n_iters,
+        jax.process_count(),
+        int(state.step),
+        n_iters,
     )
 
-    def save(folder: str, number: int, keep: int) -> None:
-        saved = {"loader": loader.get_state(), "pending": pending.flush(), "config": config.to_dict()}
-        checkpoints.save(workdir / folder, first(p_state), number, saved, keep)
 
-    p_state = replicate(state)
-    last_time, last_step = time.monotonic(), step
-    draw_samples = _sampler(parts, 64) if training.snapshot_sampling else None
-    for batch in _grouped(loader, training.n_jitted_steps):
-        if step >= training.n_iters:
-            break
-        p_state, metrics = p_step(p_state, batch)
-        pending.add(metrics)
-        step += training.n_jitted_steps
-        final = step >= training.n_iters
-        if step % training.log_freq == 0:
-            means = pending.means()
-            log.write(step, "train", means)
-            speed = (step - last_step) / (time.monotonic() - last_time)
-            last_time, last_step = time.monotonic(), step
-            _log_progress(step, training.n_iters, means, speed)
-        if step % training.eval_freq == 0:
-            log.write(step, "eval", eval_loss(p_state.ema_params, p_state.model_state))
-        if step % training.snapshot_freq == 0 or final:
-            save("checkpoints", _snapshot_number(config, step), keep=0)
-            if draw_samples is not None:
-                _save_samples(parts, p_state, draw_samples, workdir / "samples" / f"step_{step:08d}", step)
-        if step % training.snapshot_freq_for_preemption == 0 or final:
-            save("checkpoints-meta", step, keep=1)
-    log.close()
-    logging.info("trained to step %d; checkpoints in %s", step, workdir / "checkpoints")
-    logging.info("report: %s", report.write_report(workdir))
-    return first(p_state)
+def _sample_saver(parts: Parts, workdir: Path, count: int = 64):
+    """(state, step) -> None: writes `samples/step_<step>`."""
+    draw = sampler(parts)
+    devices = jax.local_devices()
+    padded = math.ceil(count / len(devices)) * len(devices)
+
+    def save_samples(state: losses.TrainState, step: int) -> None:
+        params, model_state = jax.tree.map(lambda x: x.addressable_data(0)[0], (state.ema_params, state.model_state))
+        keys = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), step)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, jnp.arange(padded))
+        samples, _ = draw(replicate(params, devices), replicate(model_state, devices), keys)
+        samples, path = samples[:count], workdir / "samples" / f"step_{step:08d}"
+        if failed := count_failed(samples):
+            logging.warning("the sampler failed on %d of %d samples of step %d", failed, len(samples), step)
+        if parts.dataset.is_image:
+            report.save_image_grid(path.with_suffix(".png"), samples)
+        else:
+            write_npz(path.with_suffix(".npz"), samples=samples)
+
+    return save_samples
 
 
-def _log_progress(step: int, n_iters: int, means: dict[str, float], speed: float) -> None:
-    shown = "  ".join(f"{name} {means[name]:.4g}" for name in (*TERMS, "grad_norm"))
-    eta = datetime.timedelta(seconds=round((n_iters - step) / speed))
-    logging.info("step %d/%d  %s  %.1f steps/s  ETA %s", step, n_iters, shown, speed, eta)
-
-
-def _save_samples(parts: Parts, p_state, draw_samples, path: Path, step: int) -> None:
-    key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), step)
-    samples, _ = draw_samples(p_state.ema_params, p_state.model_state, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if failed := _count_failed(samples):
-        logging.warning("the sampler failed on %d of %d samples of step %d", failed, len(samples), step)
-    if parts.dataset.is_image:
-        report.save_image_grid(path.with_suffix(".png"), samples)
-    else:
-        write_npz(path.with_suffix(".npz"), samples=samples)
-
-
-def _count_failed(samples: np.ndarray) -> int:
-    return int(np.sum(~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)))
-
-
-def evaluate(config: Config, workdir: str | Path, eval_folder: str = "eval") -> list[dict]:
+def evaluate(
+    config: Config, workdir: str | Path, eval_folder: str = "eval", deq_folder: str = "flowpp_dequantizer"
+) -> list[dict]:
     """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt` (0 and 0: the newest) with the EMA parameters.
 
-    Writes `report_<n>.json`, `bpd_<n>.npz`, `samples_<n>.npz` and, for synthetic data, `density_<n>.npz` into
-    `workdir/eval_folder`. Returns what the JSON files hold. UserError if there is no such checkpoint.
+    Runs the `evaluators.EVALUATORS` that `config.eval` turns on, each in units that a restart does not repeat. Writes
+    `report_<n>.json` and the evaluators' npz files into `workdir/eval_folder`. Returns what the JSON files hold.
+    UserError if there is no such checkpoint.
     """
     workdir = Path(workdir)
     check_config(config)
-    begin, end = config.eval.begin_ckpt, config.eval.end_ckpt
-    paths = [checkpoints.find(workdir / "checkpoints", number) for number in range(begin, end + 1)]
+    settings, out = config.eval, workdir / eval_folder
+    numbers = range(settings.begin_ckpt, settings.end_ckpt + 1)
+    checkpoints.find(workdir / "checkpoints", numbers[0], settings.wait_for_checkpoints_s)
     parts = build(config)
-    out = workdir / eval_folder
-    out.mkdir(parents=True, exist_ok=True)
-    target = parts.init_state()
-    results = []
-    for path in paths:
-        number = int(path.name.rpartition("_")[2])
-        state = checkpoints.into(target, checkpoints.restore(path).state, path)
-        params, model_state = replicate(state.ema_params), replicate(state.model_state)
-        result: dict[str, Any] = {"checkpoint": number, "step": int(state.step), "dataset": parts.dataset.name}
-        if config.eval.enable_bpd:
-            result |= _evaluate_likelihood(parts, params, model_state, out, number)
-        if config.eval.enable_sampling:
-            result |= _evaluate_samples(parts, params, model_state, out, number)
-        write_json(out / f"report_{number}.json", result)
-        logging.info("checkpoint %d: %s", number, json.dumps(result))
-        results.append(result)
-    logging.info("results in %s; report: %s", out, report.write_report(workdir, eval_folder=eval_folder))
-    return results
+    with workdir_lock(out):
+        dequantizer = variational(parts, workdir / deq_folder) if settings.dequantizer else uniform()
+        wanted = {name: make for name, make in EVALUATORS.items() if settings[name]}
+        evaluators = [make(parts, dequantizer) for make in wanted.values()]
+        target = parts.init_state()
+        results = []
+        for number in numbers:
+            path = checkpoints.find(workdir / "checkpoints", number, settings.wait_for_checkpoints_s)
+            context, result = _load(parts, target, path, out)
+            for evaluator in evaluators:
+                result |= evaluator(context)
+            if jax.process_index() == 0:
+                results.append(_write_result(out / f"report_{context.number}.json", result))
+        if jax.process_index() == 0:
+            print(report.results_table(results), flush=True)
+            logging.info("results in %s; report: %s", out, report.write_report(workdir, eval_folder=eval_folder))
+        return results
 
 
-def _likelihood_fn(parts: Parts):
-    """(params, model_state, x, index, key) -> logp [B] in nats, nfe [B]; arguments with a leading axis of devices.
-
-    The probe of an example is a function of key and index alone, so checkpoints and orders are compared on the same.
-    """
-    config = parts.config.eval
-
-    @jax.pmap
-    def fn(params, model_state, x, index, key):
-        probe = None
-        if config.hutchinson_type != "exact":
-            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(index)
-            probe = jax.vmap(lambda k: likelihood.probe(k, x.shape[1:], config.hutchinson_type))(keys)
-        score_fn = parts.score_fn(params, model_state)
-        solver = {"rtol": config.rtol, "atol": config.atol, "max_steps": config.max_steps}
-        eps = parts.config.training.smallest_time
-        logp, _, nfe = likelihood.ode_log_likelihood(parts.sde, score_fn, x, probe, eps=eps, **solver)
-        return logp, nfe
-
-    return fn
-
-
-def _padded_likelihood(fn, params, model_state, x: np.ndarray, index: np.ndarray, key, size: int):
-    """logp and nfe of n <= size examples, the batch filled up with copies of the last so that one program serves."""
-    rows = np.minimum(np.arange(size), len(x) - 1)
-    keys = jnp.stack([key] * jax.local_device_count())
-    logp, nfe = fn(params, model_state, shard(x[rows]), shard(index[rows].astype(np.int32)), keys)
-    logp, nfe = np.asarray(logp).reshape(-1)[: len(x)], np.asarray(nfe).reshape(-1)[: len(x)]
-    if not np.all(np.isfinite(logp)):
-        bad = index[~np.isfinite(logp)]
-        raise UserError(
-            f"the likelihood ODE failed on {len(bad)} of {len(x)} examples, first on number {bad[0]}: it reached "
-            "eval.max_steps or a non-finite state; raise eval.max_steps, loosen eval.rtol/atol, or train further"
-        )
-    return logp, nfe
+def _load(parts: Parts, target: losses.TrainState, path: Path, out: Path) -> tuple[Context, dict[str, Any]]:
+    """What the evaluators are given of a checkpoint, and the facts about it that open its report."""
+    state = checkpoints.into(target, checkpoints.restore(path).state, path)
+    config, devices = parts.config, jax.local_devices()
+    number = int(path.name.rpartition("_")[2])
+    facts = {
+        "checkpoint": number,
+        "step": int(state.step),
+        "dataset": parts.dataset.name,
+        "parameters": digest((state.ema_params, state.model_state)),
+    }
+    data = {key: value for key, value in config.data.to_dict().items() if key != "dir"}
+    identity = {
+        **facts,
+        "data": data,
+        "model": config.model.to_dict(),
+        "sde": config.training.sde,
+        "smallest_time": config.training.smallest_time,
+        "seed": config.seed,
+    }
+    context = Context(
+        params=replicate(state.ema_params, devices),
+        model_state=replicate(state.model_state, devices),
+        number=number,
+        out=out,
+        identity=identity,
+    )
+    return context, facts
 
 
-def _evaluate_likelihood(parts: Parts, params, model_state, out: Path, number: int) -> dict[str, Any]:
-    """Every example of the split once in each repeat: bits/dim of images, nats of synthetic data."""
-    config = parts.config.eval
-    size = min(config.batch_size, _round_up(_split_size(parts)))
-    fn = _likelihood_fn(parts)
-    logps, nfes = [], []
-    repeats = config.num_repeats if parts.dataset.is_image or config.hutchinson_type != "exact" else 1
-    for repeat in range(repeats):
-        key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), repeat)
-        batches = datasets.eval_batches(
-            parts.dataset,
-            parts.config.data,
-            config.bpd_dataset,
-            size,
-            seed=parts.config.seed,
-            repeat=repeat,
-            limit=config.num_examples,
-        )
-        rows = [_padded_likelihood(fn, params, model_state, b["x"], b["index"], key, size) for b in batches]
-        logps.append(np.concatenate([logp for logp, _ in rows]))
-        nfes.append(np.concatenate([nfe for _, nfe in rows]))
-        logging.info("likelihood: repeat %d of %d done", repeat + 1, repeats)
-    logp, nfe = np.stack(logps), np.stack(nfes)  # [R, N]
-    result: dict[str, Any] = {"nfe": {"min": int(nfe.min()), "mean": float(nfe.mean()), "max": int(nfe.max())}}
-    if parts.dataset.is_image:
-        dim = math.prod(parts.dataset.shape)
-        bpd = np.stack([likelihood.bits_per_dim(jnp.asarray(row), dim, parts.inverse_scaler) for row in logp])
-        result["bpd"] = evaluation.mean_and_stderr(bpd)
-        if config.gaussian_baseline:
-            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(
-                parts.dataset, parts.config.data, parts.config.seed
-            )
-        write_npz(out / f"bpd_{number}.npz", bpd=bpd, logp=logp, nfe=nfe)
-    else:
-        result["nll"] = {**evaluation.mean_and_stderr(-logp), "unit": "nats"}
-        write_npz(out / f"bpd_{number}.npz", logp=logp, nfe=nfe)
-        if parts.dataset.shape[0] <= 2:
-            result |= _evaluate_density(parts, fn, params, model_state, out, number)
+def _write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Adds to what earlier evaluations found of the same parameters; what they found of others is dropped."""
+    earlier = read_json(path) if path.exists() else {}
+    same = earlier.get("parameters") == result["parameters"]
+    result = {**earlier, **result} if same else result
+    write_json(path, result)
     return result
-
-
-def _evaluate_density(parts: Parts, fn, params, model_state, out: Path, number: int) -> dict[str, Any]:
-    """The model's density on a grid and, where the data's is known, its exact NLL by quadrature."""
-    points, cell, data = evaluation.density_grid(parts.dataset)
-    size = min(parts.config.eval.batch_size, _round_up(len(points)))
-    key = jax.random.PRNGKey(parts.config.seed)
-    logps = []
-    for start in range(0, len(points), size):
-        x = points[start : start + size]
-        logps.append(_padded_likelihood(fn, params, model_state, x, np.arange(start, start + len(x)), key, size)[0])
-    arrays = {"x": points, "model_logp": np.concatenate(logps), "data": data}
-    result: dict[str, Any] = {}
-    if parts.dataset.log_prob is not None:
-        arrays["true_logp"] = parts.dataset.log_prob(points)
-        result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], cell)
-    write_npz(out / f"density_{number}.npz", **arrays)
-    return result
-
-
-def _evaluate_samples(parts: Parts, params, model_state, out: Path, number: int) -> dict[str, Any]:
-    config = parts.config.eval
-    size = min(config.batch_size, _round_up(config.num_samples))
-    draw, samples, nfes = _sampler(parts, size), [], []
-    for round_ in range(math.ceil(config.num_samples / size)):
-        key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed + 1), round_)
-        x, nfe = draw(params, model_state, key)
-        if failed := _count_failed(x):
-            raise UserError(
-                f"the sampling ODE failed on {failed} of {len(x)} samples: it reached its step limit or a non-finite "
-                "state; loosen sampling.rtol/atol, or train further"
-            )
-        samples.append(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8) if parts.dataset.is_image else x)
-        nfes.append(nfe)
-    drawn, nfe = np.concatenate(samples)[: config.num_samples], np.concatenate(nfes)[: config.num_samples]
-    write_npz(out / f"samples_{number}.npz", samples=drawn)
-    if parts.dataset.is_image:
-        report.save_image_grid(out / f"samples_{number}.png", drawn[:64])
-    return {"sampling": {"method": parts.config.sampling.method, "num_samples": len(drawn), "nfe": float(nfe.mean())}}
-
-
-def _round_up(n: int) -> int:
-    return math.ceil(n / jax.local_device_count()) * jax.local_device_count()
-
-
-def _split_size(parts: Parts) -> int:
-    size = len(getattr(parts.dataset, parts.config.eval.bpd_dataset))
-    return min(size, parts.config.eval.num_examples) if parts.config.eval.num_examples else size

@@ -1,20 +1,21 @@
 """Samplers: draws of a score model by solving its reverse process from the prior at T to eps."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from errors import UserError
 from ode import rk45
 from sde_lib import SDE, VESDE, VPSDE, batch_mul, subVPSDE
 
 ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
-# (score_fn, key, batch size B) -> (images [B, ...] as the inverse scaler gives them, evaluations of the score [B])
-SamplingFn = Callable[[ScoreFn, PRNGKeyArray, int], tuple[Array, Array]]
+# (score_fn, keys [B], one for each sample) -> (images [B, ...] as the inverse scaler gives them, evaluations [B])
+SamplingFn = Callable[[ScoreFn, Array], tuple[Array, Array]]
 
 
 def ode_sampler(
@@ -87,15 +88,17 @@ def ancestral_sampling(sde, score_fn, x, t, noise, probability_flow):
     raise UserError("sampling.predictor='ancestral_sampling' is defined for vpsde and vesde; use reverse_diffusion")
 
 
-def langevin(sde, score_fn, x, t, noise, snr):
+def langevin(sde, score_fn, x, t, noise, snr, axis_name=None):
     """Langevin step whose size is set by `snr` and the batch means of the norms of noise and score.
 
-    So an example depends on the others of its batch (Song et al. 2021, arXiv 2011.13456, algorithms 4 and 5).
+    So an example depends on the others of its batch, which may be spread over the devices of a pmap over `axis_name`
+    (Song et al. 2021, arXiv 2011.13456, algorithms 4 and 5).
     """
     score = score_fn(x, t)
 
     def mean_norm(a):
-        return jnp.mean(jnp.linalg.norm(a.reshape(a.shape[0], -1), axis=-1))
+        mean = jnp.mean(jnp.linalg.norm(a.reshape(a.shape[0], -1), axis=-1))
+        return jax.lax.pmean(mean, axis_name) if axis_name else mean
 
     step = 2 * sde.discrete_alpha(t) * (snr * mean_norm(noise) / mean_norm(score)) ** 2
     x_mean = x + batch_mul(step, score)
@@ -169,16 +172,26 @@ def _named(config: Any, kind: str, registry: dict[str, Any]) -> Any:
 
 
 def get_sampling_fn(
-    sampling_config: Any, sde: SDE, shape: tuple[int, ...], inverse_scaler: Callable[[Array], Array]
+    sampling_config: Any,
+    sde: SDE,
+    shape: tuple[int, ...],
+    inverse_scaler: Callable[[Array], Array],
+    axis_name: str | None = None,
 ) -> SamplingFn:
-    """The sampler that `config.sampling` asks for, of images of `shape` [H, W, C]; UserError if it is unknown."""
+    """The sampler that `config.sampling` asks for, of images of `shape` [H, W, C]; UserError if it is unknown.
+
+    A sample's randomness is a function of its key alone. axis_name: of the pmap that the batch is spread over, if any.
+    """
     method = sampling_config.method.lower()
     # Read once: a config changed later does not change the sampler.
     eps, rtol, atol, snr = (float(sampling_config[key]) for key in ("smallest_time", "rtol", "atol", "snr"))
     denoise, flow, n_steps = (sampling_config[key] for key in ("noise_removal", "probability_flow", "n_steps_each"))
 
-    def sample_ode(score_fn, key, batch):
-        z = sde.prior_sampling(key, (batch, *shape))
+    def prior(key):
+        return sde.prior_sampling(key, shape)
+
+    def sample_ode(score_fn, keys):
+        z = jax.vmap(prior)(keys)
         x, nfe = ode_sampler(sde, score_fn, z, eps=eps, rtol=rtol, atol=atol, denoise=denoise)
         return inverse_scaler(x), nfe
 
@@ -188,16 +201,21 @@ def get_sampling_fn(
         raise UserError(f"sampling.method={sampling_config.method!r} is unknown; use ode or pc")
     predictor = _named(sampling_config, "predictor", PREDICTORS)
     corrector = _named(sampling_config, "corrector", CORRECTORS)
+    if corrector is langevin:
+        corrector = functools.partial(langevin, axis_name=axis_name)
     settings = {"snr": snr, "n_steps": n_steps, "probability_flow": flow, "denoise": denoise, "eps": eps}
 
-    def sample_pc(score_fn, key, batch):
-        prior_key, noise_key = jax.random.split(key)
-        z = sde.prior_sampling(prior_key, (batch, *shape))
+    def sample_pc(score_fn, keys):
+        prior_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
 
         def noise_fn(i):
-            noise = jax.random.normal(jax.random.fold_in(noise_key, i), (n_steps + 1, *z.shape))
+            def noise_of(key):
+                return jax.random.normal(jax.random.fold_in(key, i), (n_steps + 1, *shape))
+
+            noise = jax.vmap(noise_of, out_axes=1)(noise_keys)  # [n_steps + 1, B, ...]
             return noise[:-1], noise[-1]
 
+        z = jax.vmap(prior)(prior_keys)
         x, nfe = pc_sampler(sde, score_fn, z, noise_fn, predictor=predictor, corrector=corrector, **settings)
         return inverse_scaler(x), nfe
 

@@ -1,53 +1,156 @@
-"""Checks a config before anything is compiled; every complaint is one line that names the key."""
+"""Checks a config before anything is compiled; every complaint is one line that names the keys and what to do.
+
+A value has the type of the key's default. RULES says what else holds for it, `_*_conflicts` what cannot go together.
+"""
 
 import difflib
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs.default_configs import get_default_configs
 from errors import UserError
 
-_CHOICES = {
-    "training.score_matching_order": (1, 2, 3),
-    "training.sde": ("vpsde", "subvpsde", "vesde", "linearvesde"),
-    "optim.optimizer": ("Adam",),
-    "sampling.method": ("ode", "pc"),
-    "eval.hutchinson_type": ("rademacher", "gaussian", "exact"),
-    "eval.bpd_dataset": ("train", "test"),
+
+class Rule(NamedTuple):
+    """What a key's value must be. `otherwise` ends the complaint that starts with 'key=value'."""
+
+    accepts: Callable[[Any], bool]
+    otherwise: str
+
+
+def at_least(minimum: float) -> Rule:
+    return Rule(lambda value: value >= minimum, f"must be at least {minimum}")
+
+
+def choice(*values: Any) -> Rule:
+    return Rule(lambda value: value in values, f"is not supported; use one of {', '.join(map(str, values))}")
+
+
+def any_case(*names: str) -> Rule:
+    return choice(*names)._replace(accepts=lambda value: value.lower() in names)
+
+
+def list_of(kind: type | tuple[type, ...], wording: str, accepts: Callable[[Any], bool]) -> Rule:
+    """Numbers of `kind`, whose sequence `accepts` takes."""
+
+    def accepted(values: Any) -> bool:
+        numbers = all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+        return numbers and all(map(math.isfinite, values)) and accepts(values)
+
+    return Rule(accepted, f"must be {wording}")
+
+
+ANY = Rule(lambda value: True, "")
+POSITIVE = Rule(lambda value: value > 0, "must be positive")
+FRACTION = Rule(lambda value: 0 <= value < 1, "must be in [0, 1)")
+TIME = Rule(lambda value: 0 < value < 1, "must be below the end of time, 1, and positive")
+# Left to a registry that users add to: sde_lib.SDES, datasets, models.MODELS. It answers while the parts are built.
+REGISTERED = ANY
+
+# One line a key. A key that is True or False may go without: its type is all there is to check.
+RULES: dict[str, Rule] = {
+    "seed": Rule(lambda value: 0 <= value < 2**32, "must be in [0, 2^32)"),
+    "training.sde": REGISTERED,
+    "training.score_matching_order": choice(1, 2, 3),
+    "training.second_order_weight": at_least(0),
+    "training.third_order_weight": at_least(0),
+    "training.continuous": Rule(bool, "is not supported: the losses are defined for continuous time; set it to True"),
+    "training.smallest_time": TIME,
+    "training.batch_size": at_least(1),
+    "training.n_iters": at_least(1),
+    "training.n_jitted_steps": at_least(1),
+    "training.log_freq": at_least(1),
+    "training.eval_freq": at_least(1),
+    "training.snapshot_freq": at_least(1),
+    "training.snapshot_freq_for_preemption": at_least(1),
+    "training.snapshot_minutes_for_preemption": at_least(0),
+    "training.max_bad_steps": at_least(1),
+    "training.init_from": ANY,
+    "optim.optimizer": choice("Adam"),
+    "optim.lr": POSITIVE,
+    "optim.beta1": FRACTION,
+    "optim.beta2": FRACTION,
+    "optim.eps": POSITIVE,
+    "optim.weight_decay": at_least(0),
+    "optim.warmup": at_least(0),
+    "optim.grad_clip": Rule(lambda value: value != 0, "would clip every gradient to nothing; negative: no clipping"),
+    "data.dataset": REGISTERED,
+    "data.dir": ANY,
+    "data.category": ANY,
+    "data.image_size": at_least(1),
+    "data.num_channels": at_least(1),
+    "data.dim": at_least(1),
+    "model.name": REGISTERED,
+    "model.ema_rate": FRACTION,
+    "model.sigma_min": POSITIVE,
+    "model.sigma_max": POSITIVE,
+    "model.beta_min": POSITIVE,
+    "model.beta_max": POSITIVE,
+    "model.num_scales": at_least(2),  # NCSN's ladder of noise levels has two ends
+    "model.normalization": choice("GroupNorm"),
+    "model.nonlinearity": any_case("elu", "relu", "lrelu", "swish"),
+    "model.nf": at_least(1),
+    "model.ch_mult": list_of(int, "one or more positive integers", lambda v: len(v) > 0 and min(v) > 0),
+    "model.num_res_blocks": at_least(1),
+    "model.attn_resolutions": list_of(int, "positive integers, or ()", lambda v: min(v, default=1) > 0),
+    "model.attention_type": choice("ddpm"),
+    "model.fir_kernel": list_of((int, float), "numbers whose sum is positive", lambda v: sum(v) > 0),
+    "model.resblock_type": any_case("biggan", "ddpm"),
+    "model.progressive": any_case("none", "output_skip", "residual"),
+    "model.progressive_input": any_case("none", "input_skip", "residual"),
+    "model.progressive_combine": any_case("sum", "cat"),
+    "model.embedding_type": any_case("fourier", "positional"),
+    "model.fourier_scale": POSITIVE,
+    "model.init_scale": at_least(0),
+    "model.conv_size": Rule(lambda value: value > 0 and value % 2 == 1, "must be odd and positive"),
+    "model.dropout": FRACTION,
+    "model.data_init": choice(False),
+    "model.num_layers": at_least(1),
+    "model.sigma_data": POSITIVE,
+    "sampling.method": choice("ode", "pc"),
+    "sampling.smallest_time": TIME,
+    "sampling.predictor": any_case("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "none"),
+    "sampling.corrector": any_case("langevin", "ald", "none"),
+    "sampling.n_steps_each": at_least(1),
+    "sampling.snr": POSITIVE,
+    "sampling.rtol": POSITIVE,
+    "sampling.atol": POSITIVE,
+    "eval.batch_size": at_least(1),
+    "eval.begin_ckpt": at_least(0),
+    "eval.end_ckpt": at_least(0),
+    "eval.ckpt_id": at_least(0),
+    "eval.num_samples": at_least(0),
+    "eval.num_repeats": at_least(1),
+    "eval.bpd_dataset": choice("train", "test"),
+    "eval.dataset": Rule(lambda value: value in ("", "train", "test"), "is not supported; use train, test or nothing"),
+    "eval.wait_for_checkpoints_s": at_least(0),
+    "eval.num_examples": at_least(0),
+    "eval.hutchinson_type": choice("rademacher", "gaussian", "exact"),
+    "eval.num_probes": at_least(1),
+    "eval.rtol": POSITIVE,
+    "eval.atol": POSITIVE,
+    "eval.max_steps": at_least(1),
+    "eval.bound_num_times": at_least(1),
+    "eval.fisher_num_times": at_least(2),
+    "eval.fisher_num_examples": at_least(0),
+    "eval.inception_path": ANY,
+    "eval.inception_batch_size": at_least(1),
+    "eval.stats_path": ANY,
+    "eval.kid_subsets": at_least(1),
+    "eval.kid_subset_size": at_least(2),  # its estimate is unbiased by leaving out each pair of an image with itself
+    "deq.n_iters": at_least(1),
+    "deq.ema_rate": FRACTION,
+    "deq.dropout": FRACTION,
+    "deq.network": choice("cifar10", "imagenet32", "imagenet64", "small"),
+    "deq.init_batch_size": at_least(2),  # it takes a variance
+    "deq.ckpt_id": at_least(0),
 }
 
-_AT_LEAST_ONE = (
-    "training.batch_size",
-    "training.n_iters",
-    "training.n_jitted_steps",
-    "training.log_freq",
-    "training.eval_freq",
-    "training.snapshot_freq",
-    "training.snapshot_freq_for_preemption",
-    "eval.batch_size",
-    "eval.num_repeats",
-    "eval.max_steps",
-    "data.image_size",
-    "data.num_channels",
-    "data.dim",
-    "model.num_scales",
-    "sampling.n_steps_each",
-)
-
-_POSITIVE = (
-    "training.smallest_time",
-    "sampling.smallest_time",
-    "optim.lr",
-    "optim.eps",
-    "eval.rtol",
-    "eval.atol",
-    "sampling.rtol",
-    "sampling.atol",
-    "model.sigma_min",
-    "model.sigma_max",
-    "model.sigma_data",
-)
+POINTS = ("mog", "checkerboard", "swissroll")
+IMAGES = ("DIGITS", "MNIST", "FASHION_MNIST", "CIFAR10", "SVHN", "CELEBA", "ImageNet", "LSUN")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -66,56 +169,118 @@ def check_key(key: str) -> None:
         raise UserError(f"config key {key!r} does not exist" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
-def _check_keys(flat: dict[str, Any], default: dict[str, Any]) -> None:
-    for key, value in flat.items():
-        check_key(key)
-        expected = type(default[key])
-        accepted = (int, float) if expected is float else (tuple, list) if expected is tuple else (expected,)
-        if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-            raise UserError(f"{key}={value!r} has type {type(value).__name__}; it must be {expected.__name__}")
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError at the first key that is unknown, of the wrong type, out of range or at odds with another."""
+    flat, default = flatten(config), flatten(get_default_configs())
+    for key in flat:
+        if key not in default:
+            check_key(key)
+        _check_value(key, flat[key], type(default[key]))
     for key in default:
         if key not in flat:
             raise UserError(f"config key {key!r} is missing; start from configs/default_configs.py")
+    for conflicts in (_training_conflicts, _model_conflicts, _sampling_conflicts, _eval_conflicts):
+        for complaint in conflicts(flat):
+            raise UserError(complaint)
 
 
-def check_config(config: ConfigDict) -> None:
-    """Raises UserError at the first key that is unknown, of the wrong type, out of range or at odds with another."""
-    flat = flatten(config)
-    _check_keys(flat, flatten(get_default_configs()))
-    for key, choices in _CHOICES.items():
-        value = flat[key].lower() if key == "training.sde" else flat[key]
-        if value not in choices:
-            raise UserError(f"{key}={flat[key]!r} is not supported; use one of {', '.join(map(str, choices))}")
-    for key in _AT_LEAST_ONE:
-        if flat[key] < 1:
-            raise UserError(f"{key}={flat[key]} must be at least 1")
-    for key in _POSITIVE:
-        if not flat[key] > 0:
-            raise UserError(f"{key}={flat[key]} must be positive")
-    for key in ("training.smallest_time", "sampling.smallest_time"):
-        if flat[key] >= 1:
-            raise UserError(f"{key}={flat[key]} must be below the end of time, 1")
-    if not 0 <= flat["model.ema_rate"] < 1:
-        raise UserError(f"model.ema_rate={flat['model.ema_rate']} must be in [0, 1)")
-    if not flat["training.continuous"]:
-        raise UserError("training.continuous=False is not supported: the losses are defined for continuous time")
-    order = flat["training.score_matching_order"]
-    if order >= 2 and not flat["training.reduce_mean"]:
-        raise UserError(
-            f"training.reduce_mean=False with training.score_matching_order={order}: "
-            "the orders above 1 are defined with the mean; set training.reduce_mean=True"
-        )
-    if flat["training.importance_weighting"] and not flat["training.likelihood_weighting"]:
-        raise UserError(
+def _check_value(key: str, value: Any, expected: type) -> None:
+    accepted = (int, float) if expected is float else (tuple, list) if expected is tuple else expected
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        raise UserError(f"{key}={value!r} has type {type(value).__name__}; it must be {expected.__name__}")
+    if expected is float and not math.isfinite(value):
+        raise UserError(f"{key}={value!r} must be a finite number")
+    rule = RULES.get(key, ANY)
+    if not rule.accepts(value):
+        raise UserError(f"{key}={value!r} {rule.otherwise}")
+
+
+def _pair(c: dict[str, Any], key: str, other: str) -> str:
+    return f"{key}={c[key]!r} with {other}={c[other]!r}"
+
+
+def _training_conflicts(c: dict[str, Any]) -> Iterator[str]:
+    if c["training.score_matching_order"] >= 2 and not c["training.reduce_mean"]:
+        pair = _pair(c, "training.reduce_mean", "training.score_matching_order")
+        yield f"{pair}: the orders above 1 are defined with the mean; set training.reduce_mean=True"
+    if c["training.importance_weighting"] and not c["training.likelihood_weighting"]:
+        yield (
             "training.importance_weighting=True needs training.likelihood_weighting=True: "
             "it is the sampling of t that goes with that weighting"
         )
     for key in ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"):
-        frequency, jitted = flat[f"training.{key}"], flat["training.n_jitted_steps"]
+        frequency, jitted = c[f"training.{key}"], c["training.n_jitted_steps"]
         if frequency % jitted:
-            raise UserError(f"training.n_jitted_steps={jitted} must divide training.{key}={frequency}")
-    begin, end = flat["eval.begin_ckpt"], flat["eval.end_ckpt"]
-    if not (1 <= begin <= end or begin == end == 0):
-        raise UserError(
-            f"eval.begin_ckpt={begin} and eval.end_ckpt={end}: give 1 <= begin <= end, or 0 and 0 for the newest"
+            yield f"training.n_jitted_steps={jitted} must divide training.{key}={frequency}"
+    if c["training.init_optimizer"] and not c["training.init_from"]:
+        yield "training.init_optimizer=True needs training.init_from, the checkpoint to take it from"
+
+
+def _model_conflicts(c: dict[str, Any]) -> Iterator[str]:
+    if c["model.sigma_min"] >= c["model.sigma_max"]:
+        yield f"{_pair(c, 'model.sigma_min', 'model.sigma_max')}: noise must grow; set sigma_min below sigma_max"
+    if c["model.beta_min"] > c["model.beta_max"]:
+        yield f"{_pair(c, 'model.beta_min', 'model.beta_max')}: set beta_min at or below beta_max"
+    model, pair = c["model.name"].lower(), _pair(c, "model.name", "data.dataset")
+    if model == "mlp" and c["data.dataset"] in IMAGES:
+        yield f"{pair}: the MLP takes points, not images; set model.name=ncsnpp"
+    if model == "ncsnpp" and c["data.dataset"] in POINTS:
+        yield f"{pair}: the U-Net takes images, not points; set model.name=mlp"
+    if model == "ncsnpp":
+        yield from _ncsnpp_conflicts(c)
+
+
+def _ncsnpp_conflicts(c: dict[str, Any]) -> Iterator[str]:
+    sde = c["training.sde"].lower()
+    if sde == "vesde" and c["model.embedding_type"].lower() == "positional":
+        pair = _pair(c, "model.embedding_type", "training.sde")
+        yield f"{pair}: it embeds a time, and vesde gives sigma; set model.embedding_type=fourier"
+    if c["model.scale_by_sigma"] and sde in ("vpsde", "subvpsde", "linearvesde"):
+        yield f"{_pair(c, 'model.scale_by_sigma', 'training.sde')}: for vesde alone; set model.scale_by_sigma=False"
+    size, ch_mult = c["data.image_size"], tuple(c["model.ch_mult"])
+    halvings = len(ch_mult) - 1
+    if size % 2**halvings:
+        yield (
+            f"data.image_size={size} cannot be halved {halvings} times, as model.ch_mult={ch_mult} asks; "
+            f"shorten that or make the size a multiple of {2**halvings}"
         )
+    widths = [size // 2**level for level in range(len(ch_mult))]
+    if absent := [width for width in c["model.attn_resolutions"] if width not in widths]:
+        yield (
+            f"model.attn_resolutions={tuple(c['model.attn_resolutions'])}: {absent[0]} never occurs with "
+            f"data.image_size={size} and model.ch_mult={ch_mult}; use some of {', '.join(map(str, widths))}, or ()"
+        )
+
+
+def _sampling_conflicts(c: dict[str, Any]) -> Iterator[str]:
+    if c["sampling.method"] != "pc":
+        return
+    sde, predictor, corrector = (c[key].lower() for key in ("training.sde", "sampling.predictor", "sampling.corrector"))
+    if predictor == corrector == "none":
+        yield f"{_pair(c, 'sampling.predictor', 'sampling.corrector')}: no step is left; set one of them"
+    if predictor == "ancestral_sampling" and c["sampling.probability_flow"]:
+        pair = _pair(c, "sampling.predictor", "sampling.probability_flow")
+        yield f"{pair}: its noise is part of it; set sampling.probability_flow=False"
+    if predictor == "ancestral_sampling" and sde == "subvpsde":
+        pair = _pair(c, "sampling.predictor", "training.sde")
+        yield f"{pair}: it is defined for vpsde and vesde; set sampling.predictor=reverse_diffusion"
+    # DDPM's step has the factor sqrt(1 - beta) with beta up to beta_max / N; the correctors' step size has 1 - beta
+    steps_of_ddpm = sde == "vpsde" and predictor in ("reverse_diffusion", "ancestral_sampling")
+    if steps_of_ddpm or (sde in ("vpsde", "subvpsde") and corrector != "none"):
+        if c["model.num_scales"] <= c["model.beta_max"]:
+            pair = _pair(c, "model.num_scales", "model.beta_max")
+            yield f"{pair}: sampling.method='pc' needs beta_max / num_scales below 1; raise model.num_scales"
+
+
+def _eval_conflicts(c: dict[str, Any]) -> Iterator[str]:
+    begin, end = c["eval.begin_ckpt"], c["eval.end_ckpt"]
+    if not (1 <= begin <= end or begin == end == 0):
+        yield f"eval.begin_ckpt={begin} and eval.end_ckpt={end}: give 1 <= begin <= end, or 0 and 0 for the newest"
+    if c["eval.enable_sampling"] and c["eval.num_samples"] < 1:
+        pair = _pair(c, "eval.num_samples", "eval.enable_sampling")
+        yield f"{pair}: raise eval.num_samples or set eval.enable_sampling=False"
+    if c["eval.num_probes"] > 1 and c["eval.hutchinson_type"] == "exact":
+        pair = _pair(c, "eval.num_probes", "eval.hutchinson_type")
+        yield f"{pair}: an exact trace has no probe; set eval.num_probes=1 or eval.hutchinson_type=rademacher"
+    if c["eval.dequantizer"] and c["data.dataset"] in POINTS:
+        yield f"{_pair(c, 'eval.dequantizer', 'data.dataset')}: points are continuous; set eval.dequantizer=False"

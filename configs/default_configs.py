@@ -29,6 +29,8 @@ def get_default_configs() -> ConfigDict:
     training.eval_freq = 100
     training.snapshot_freq = 50_000
     training.snapshot_freq_for_preemption = 10_000
+    training.snapshot_minutes_for_preemption = 30.0  # a resume checkpoint also after so many minutes; 0: by steps only
+    training.max_bad_steps = 10  # in a row with a loss or gradient that is not finite, then the run stops
     training.snapshot_sampling = True
     training.init_from = ""  # a checkpoint, ours or of the public code, whose parameters and EMA a new run starts with
     training.init_optimizer = False  # also its Adam moments, count and step
@@ -109,25 +111,42 @@ def get_default_configs() -> ConfigDict:
     evaluate.enable_loss = False
     evaluate.enable_bpd = True
     evaluate.enable_sampling = True
+    evaluate.enable_metrics = True  # IS, FID and KID of the samples, of images
+    evaluate.enable_fisher = False  # score diagnostics along the ODE
     evaluate.num_samples = 50_000
     evaluate.num_repeats = 5
     evaluate.bpd_dataset = "test"  # train | test
+    evaluate.dataset = ""  # the same under the name of the public README; empty: bpd_dataset
+    evaluate.wait_for_checkpoints_s = 0.0  # how long a checkpoint that is not there yet is waited for
     evaluate.gaussian_baseline = False  # also the bits/dim of a Gaussian fitted to the training images
     evaluate.num_examples = 0  # of the split, for a quick look; 0: all
     evaluate.hutchinson_type = "rademacher"  # rademacher | gaussian | exact
+    evaluate.num_probes = 1  # of Hutchinson's estimate in one solve, averaged
     evaluate.rtol = 1e-5
     evaluate.atol = 1e-5
     evaluate.max_steps = 20_000  # of the ODE solver, for one example
-    evaluate.bound = False
-    evaluate.dsm = True
-    evaluate.offset = True
-    evaluate.dequantizer = False
+    evaluate.bound = False  # the variational bound, beside the ODE's likelihood
+    evaluate.dsm = True  # the bound in its denoising form; False: sliced, with a probe
+    evaluate.offset = True  # the bound accounts for the start at smallest_time
+    evaluate.bound_importance_weighting = True  # its times uniform in log-SNR
+    evaluate.bound_num_times = 1000
+    evaluate.dequantizer = False  # variational dequantisation, by what --mode train_deq made
+    evaluate.fisher_num_times = 100
+    evaluate.fisher_num_examples = 256  # of the test split; 0: all
+    evaluate.inception_path = ""  # SavedModel folder of the features; empty: TF-Hub's tfgan/eval/inception/1
+    evaluate.inception_batch_size = 100
+    evaluate.stats_path = ""  # file of the data's statistics; empty: assets/stats/<dataset>_stats.npz
+    evaluate.kid_subsets = 100  # random subsets whose KIDs give its standard error, seeds 0, 1, ...
+    evaluate.kid_subset_size = 1000
 
     config.deq = deq = ConfigDict()
     deq.n_iters = 300_001
     deq.ema_rate = 0.99
     deq.dropout = 0.0
     deq.offset = True
+    deq.network = "cifar10"  # cifar10 | imagenet32 | imagenet64 | small: the Flow++ dequantiser's variant
+    deq.init_batch_size = 128  # images of the data-dependent initialisation
+    deq.ckpt_id = 0  # checkpoint of the dequantiser that eval.dequantizer uses; 0: the newest
     return config
 
 

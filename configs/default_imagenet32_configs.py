@@ -13,6 +13,7 @@ def get_default_configs() -> ConfigDict:
     config.data.dataset = "ImageNet"
     config.data.random_flip = False
     config.model.dropout = 0.0
+    config.deq.network = "imagenet32"
     config.eval.enable_sampling = False
     config.eval.num_repeats = 1
     config.eval.begin_ckpt = config.eval.end_ckpt = config.eval.ckpt_id = 26

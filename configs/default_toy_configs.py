@@ -25,4 +25,5 @@ def get_toy_configs(sde: str, dataset: str) -> ConfigDict:
     config.data.update(dataset=dataset, random_flip=False)
     config.model.update(name="mlp", nf=64, num_layers=2, dropout=0.0)
     config.eval.update(batch_size=2000, hutchinson_type="exact", num_repeats=1, num_samples=10_000)
+    config.eval.update(enable_metrics=False, fisher_num_examples=1000)
     return config

@@ -22,6 +22,11 @@ CHECKED = [
     "report",
     "evaluation",
     "models",
+    "diagnostics",
+    "dequantization",
+    "inception",
+    "evaluators",
+    "parts",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 

@@ -162,7 +162,8 @@ def mean_and_error(sde, score_fn, x, **options):
 
     @jax.jit
     def estimate(key):
-        return likelihood_bound(sde, score_fn, batch, key, eps=EPS, num_time_samples=50, **options)
+        keys = jax.random.split(key, len(batch))
+        return likelihood_bound(sde, score_fn, batch, keys, eps=EPS, num_time_samples=50, **options)
 
     bound = np.asarray(estimate(jax.random.key(1)), np.float64)
     return bound.mean(), bound.std() / np.sqrt(len(bound))
@@ -215,10 +216,10 @@ def test_bound_of_a_wrong_score():
 
 def test_bound_without_offset_differs_by_the_offset():
     sde, x = SDES["vp"], jnp.asarray(data(4), jnp.float32)
-    score_fn, key = gaussian_score(sde), jax.random.key(3)
-    with_offset = likelihood_bound(sde, score_fn, x, key, num_time_samples=2)
-    without = likelihood_bound(sde, score_fn, x, key, num_time_samples=2, offset=False)
-    noise = jax.random.normal(jax.random.split(key, 3)[2], x.shape)
+    score_fn, keys = gaussian_score(sde), jax.random.split(jax.random.key(3), len(x))
+    with_offset = likelihood_bound(sde, score_fn, x, keys, num_time_samples=2)
+    without = likelihood_bound(sde, score_fn, x, keys, num_time_samples=2, offset=False)
+    noise = jnp.stack([jax.random.normal(jax.random.split(key, 3)[1], x.shape[1:]) for key in keys])
     np.testing.assert_allclose(without - with_offset, bound_offset(sde, score_fn, x, noise, EPS), atol=1e-4)
 
 
@@ -234,3 +235,27 @@ def test_offset_is_decoder_against_entropy():
         entropy = 1.5 * np.log(2 * np.pi * np.e * sigma**2)
         offset = bound_offset(sde, score_fn, jnp.asarray(x), jnp.asarray(noise), eps)
         np.testing.assert_allclose(offset, -decoder - entropy, rtol=1e-6)
+
+
+def test_an_examples_bound_is_a_function_of_its_key():
+    sde, x, keys = SDES["vp"], jnp.asarray(data(4), jnp.float32), jax.random.split(jax.random.key(5), 4)
+    together = likelihood_bound(sde, gaussian_score(sde), x, keys, num_time_samples=3)
+    apart = likelihood_bound(sde, gaussian_score(sde), x[1:3], keys[1:3], num_time_samples=3)
+    np.testing.assert_allclose(together[1:3], apart, rtol=1e-5)
+
+
+def test_several_probes_average_the_divergence():
+    """K probes give the mean of their K estimates, and all sign vectors of {-1, 1}^D the trace."""
+    signs = np.stack(np.meshgrid(*[[-1.0, 1.0]] * 3, indexing="ij"), -1).reshape(8, 1, 3)
+    x, t = jnp.asarray(data(2), jnp.float32), jnp.array([0.1, 0.6])
+    matrix = jax.random.normal(jax.random.key(7), (3, 3))
+
+    def score_fn(x, t):
+        return jnp.tanh(x @ matrix) * t[:, None]
+
+    probes = jnp.asarray(np.tile(signs, (1, 2, 1)), jnp.float32)
+    score, several = score_and_divergence(score_fn, x, t, probes)
+    singly = [score_and_divergence(score_fn, x, t, v)[1] for v in probes]
+    np.testing.assert_allclose(several, np.mean(singly, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(several, score_and_divergence(score_fn, x, t, None)[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(score, score_fn(x, t), rtol=1e-6)

@@ -134,21 +134,43 @@ def test_fresh_network_predicts_almost_nothing_and_init_is_a_function_of_the_key
     assert 0 < np.abs(out).max() < 1e-3
 
 
-def test_dropout_mask_is_a_function_of_the_key():
+def test_dropout_masks_are_functions_of_the_examples_keys():
     config = tiny_config("vpsde", dropout=0.5, ch_mult=(1,))
     model, sde = create_model(config), sde_lib.from_config(config)
     params = random_params(model, (2, 8, 8, 3))
     x, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([0.3, 0.7])
 
     @jit
-    def score(key):
-        score_fn = get_score_fn(sde, model, params, {}, train=True, dropout_key=key)
+    def score(x, t, keys):
+        score_fn = get_score_fn(sde, model, params, {}, train=True, dropout_keys=keys)
         return score_fn(x, t), score_fn(x, t)
 
-    first, second = score(jax.random.key(5))
+    keys = jax.random.split(jax.random.key(5), 2)
+    first, second = score(x, t, keys)
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(first, score(jax.random.key(5))[0])
-    assert relative_error(score(jax.random.key(6))[0], first) > 1e-3
+    np.testing.assert_allclose(score(x[1:], t[1:], keys[1:])[0], first[1:], rtol=2e-5, atol=1e-6)  # alone or in a batch
+    assert relative_error(score(x, t, jax.random.split(jax.random.key(6), 2))[0], first) > 1e-3
+    assert relative_error(score(x[:1], t[:1], keys[1:])[0], first[:1]) > 1e-3
+    with pytest.raises(ValueError, match="needs dropout_keys"):
+        get_score_fn(sde, model, params, {}, train=True)(x, t)
+
+
+def test_dropout_keeps_the_mean():
+    """Entries are 0 with probability `rate` and otherwise 1 / (1 - rate) times as large; two layers differ."""
+
+    class Net(nn.Module):
+        conditioning, predicts_score = "time", True
+
+        @nn.compact
+        def __call__(self, x, t, train):
+            return nn.Dropout(0.2)(x, deterministic=not train) - nn.Dropout(0.6)(x, deterministic=not train)
+
+    sde, x = sde_lib.VPSDE(), jnp.ones((4, 10_000))
+    keys = jax.random.split(jax.random.key(0), 4)
+    out = np.asarray(get_score_fn(sde, Net(), {}, {}, train=True, dropout_keys=keys)(x, jnp.ones(4)))
+    values, counts = np.unique(out.round(4), return_counts=True)
+    np.testing.assert_allclose(values, [-2.5, 1.25 - 2.5, 0, 1.25], atol=1e-4)
+    np.testing.assert_allclose(counts / out.size, [0.2 * 0.4, 0.8 * 0.4, 0.2 * 0.6, 0.8 * 0.6], atol=0.01)
 
 
 @pytest.mark.parametrize(

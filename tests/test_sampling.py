@@ -88,8 +88,9 @@ def test_factory_samples_images_as_the_config_says():
     config, sde = get_default_configs().sampling, SDES["vp"]
     config.noise_removal, config.rtol, config.smallest_time = False, 1e-3, 1e-3
     sample = get_sampling_fn(config, sde, (2, 2, 3), lambda x: (x + 1) / 2)
-    images, nfe = sample(gaussian_score(sde), jax.random.key(5), 4)
-    z = sde.prior_sampling(jax.random.key(5), (4, 2, 2, 3))
+    keys = jax.random.split(jax.random.key(5), 4)
+    images, nfe = sample(gaussian_score(sde), keys)
+    z = jnp.stack([sde.prior_sampling(key, (2, 2, 3)) for key in keys])
     x, expected_nfe = ode_sampler(sde, gaussian_score(sde), z, eps=1e-3, rtol=1e-3, atol=1e-5, denoise=False)
     np.testing.assert_allclose(images, (x + 1) / 2, rtol=1e-6)
     assert images.shape == (4, 2, 2, 3) and np.all(nfe == expected_nfe)
@@ -129,7 +130,7 @@ def test_predictor_corrector_moments(name, predictor, corrector, flow):
     config.update(method="pc", predictor=predictor, corrector=corrector, probability_flow=flow)
     config.smallest_time = 1e-2 if name == "subvp" else 1e-3
     sample = get_sampling_fn(config, sde, (2, 2, 3), lambda x: x)
-    draw = jax.jit(lambda key: sample(gaussian_score(sde), key, batch))
+    draw = jax.jit(lambda key: sample(gaussian_score(sde), jax.random.split(key, batch)))
     if (name, predictor) == ("subvp", "ancestral_sampling"):
         with pytest.raises(UserError, match="defined for vpsde and vesde"):
             draw(jax.random.key(0))

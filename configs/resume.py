@@ -1,0 +1,46 @@
+"""Which config keys a resumed run may change, and which belong to the checkpoint it resumes from."""
+
+from typing import Any
+
+from absl import logging
+
+from configs.check import flatten
+from errors import UserError
+
+# With another value of these the saved state would mean something else, or the data would come in another order.
+_FIXED = (
+    "seed",
+    "training.sde",
+    "training.batch_size",
+    "data.dataset",
+    "data.category",
+    "data.image_size",
+    "data.num_channels",
+    "data.centered",
+    "data.dim",
+)
+_FREE_OF_MODEL = ("model.ema_rate", "model.dropout")
+_BY_MACHINE = ("data.dir",)
+
+
+def check_resumed(config: Any, saved: dict[str, Any], where: Any, fixed_too: tuple[str, ...] = ()) -> None:
+    """UserError if a key that must stay differs from the checkpoint's config; tells of the others that differ."""
+    now, then = flatten(config), flatten(saved)
+    differing = {key: (then[key], now[key]) for key in now if key in then and not _same(then[key], now[key])}
+    fixed = [key for key in differing if key in (*_FIXED, *fixed_too) or _shapes_the_network(key)]
+    if fixed:
+        listed = "; ".join(f"{key} was {then[key]!r} and is {now[key]!r}" for key in fixed)
+        raise UserError(
+            f"checkpoint {where} was made with another config: {listed}. Use that one, or another --workdir"
+        )
+    for key, (old, new) in differing.items():
+        if not key.startswith("eval.") and key not in _BY_MACHINE:
+            logging.info("resuming with %s=%r, which was %r", key, new, old)
+
+
+def _shapes_the_network(key: str) -> bool:
+    return key.startswith("model.") and key not in _FREE_OF_MODEL
+
+
+def _same(a: Any, b: Any) -> bool:
+    return list(a) == list(b) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else a == b

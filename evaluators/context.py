@@ -1,0 +1,120 @@
+"""What an evaluator is given, and the batches of examples that most of them go through."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import datasets
+from evaluators.units import Units
+from parts import Parts, shard
+from records import write_npz
+
+
+class Context(NamedTuple):
+    """A checkpoint under evaluation: its EMA parameters on the local devices, and where results go."""
+
+    params: Any
+    model_state: Any
+    number: int
+    out: Path
+    identity: dict[str, Any]  # what, beside an evaluator's own settings, its results depend on
+
+    def units(self, kind: str, settings: dict[str, Any]) -> Units:
+        """The units of one kind of work, apart from those of another checkpoint, data set or setting."""
+        return Units(self.out / "units", f"{kind}_{self.number}", {**self.identity, **settings})
+
+    def file(self, name: str, suffix: str = "npz") -> Path:
+        """<name>_<checkpoint>.<suffix>"""
+        return self.out / f"{name}_{self.number}.{suffix}"
+
+    def write(self, name: str, **arrays: np.ndarray) -> None:
+        """`file(name)`, by the first host."""
+        if jax.process_index() == 0:
+            write_npz(self.file(name), **arrays)
+
+
+Evaluator = Callable[[Context], dict[str, Any]]
+
+
+def settings_of(config: Any, *keys: str) -> dict[str, Any]:
+    """{key: value} of the keys of a config section, for `Context.units`."""
+    return {key: config[key] for key in keys}
+
+
+def per_example(fn: Callable, size: int) -> Callable:
+    """fn(params, model_state, *arrays [b, ...]) -> pytree of [b, ...] numpy arrays, over this process's devices.
+
+    A batch of b <= size examples is filled up to `size` with copies of its last, so that one program serves all.
+    Matrix products are in float32: the TF32 of some accelerators has 10 bits, which bits/dim show.
+    """
+    p_fn = jax.pmap(fn, devices=jax.local_devices())
+
+    def call(params, model_state, *arrays):
+        count = len(arrays[0])
+        rows = np.minimum(np.arange(size), count - 1)
+        with jax.default_matmul_precision("float32"):
+            out = p_fn(params, model_state, *(shard(a[rows]) for a in arrays))
+        return jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:])[:count], out)
+
+    return call
+
+
+def round_up(n: int) -> int:
+    """To a multiple of this process's devices."""
+    return math.ceil(n / jax.local_device_count()) * jax.local_device_count()
+
+
+class Split(NamedTuple):
+    """A split of the data in batches: unit number -> its repeat and its examples."""
+
+    parts: Parts
+    name: str  # train | test
+    count: int  # examples of a repeat
+    size: int  # of a batch
+    repeats: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a unit's number means."""
+        return {"split": self.name, "count": self.count, "size": self.size}
+
+    @property
+    def num_units(self) -> int:
+        return self.repeats * math.ceil(self.count / self.size)
+
+    def batch(self, unit: int, *, dequantize: bool = True, scale: bool = True) -> tuple[int, np.ndarray, np.ndarray]:
+        """repeat, x [b, ...] and example index int32 [b]. Noise is a function of seed, example and repeat alone."""
+        repeat, batch = divmod(unit, math.ceil(self.count / self.size))
+        index = np.arange(batch * self.size, min((batch + 1) * self.size, self.count))
+        config = self.parts.config
+        x = datasets.eval_batch(
+            self.parts.dataset,
+            config.data,
+            self.name,
+            index,
+            seed=config.seed,
+            repeat=repeat,
+            dequantize=dequantize,
+            scale=scale,
+        )
+        return repeat, x, index.astype(np.int32)
+
+    def stacked(self, rows: list[dict[str, np.ndarray]], key: str) -> np.ndarray:
+        """The units' arrays [b] as [repeats, count]."""
+        return np.concatenate([row[key] for row in rows]).reshape(self.repeats, self.count)
+
+
+def split_name(config: Any) -> str:
+    """Of the likelihoods: `eval.dataset`, the public README's name, or else `eval.bpd_dataset`, its code's."""
+    return config.dataset or config.bpd_dataset
+
+
+def split(parts: Parts, name: str, *, limit: int = 0, repeats: int = 1) -> Split:
+    """limit > 0: of the first `limit` examples."""
+    size = len(getattr(parts.dataset, name))
+    count = min(size, limit) if limit else size
+    return Split(parts, name, count, min(parts.config.eval.batch_size, round_up(count)), repeats)

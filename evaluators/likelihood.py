@@ -1,0 +1,133 @@
+"""`eval.enable_bpd`: the ODE's likelihood of a split, in bits/dim for images and nats for points."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import evaluation
+import likelihood
+from errors import UserError
+from evaluators.context import Context, Evaluator, per_example, round_up, settings_of, split, split_name
+from evaluators.dequantized import Dequantizer
+from parts import Parts
+
+_SETTINGS = ("hutchinson_type", "num_probes", "rtol", "atol", "max_steps")
+
+
+def log_likelihood(parts: Parts, size: int):
+    """(params, model_state, x [b, ...], index [b], repeat [b]) -> logp [b] in nats, nfe [b].
+
+    The probes of an example are a function of seed, index and repeat alone, so that checkpoints and orders are compared
+    on the same. UserError with the number of the first example that the solver gave up on.
+    """
+    config = parts.config.eval
+    solver = {"rtol": config.rtol, "atol": config.atol, "max_steps": config.max_steps}
+    seed, eps, kind = parts.config.seed, parts.config.training.smallest_time, config.hutchinson_type
+
+    def probes_of(index, repeat, shape):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(seed), repeat), index)
+        keys = jax.random.split(key, config.num_probes) if config.num_probes > 1 else key[None]
+        return jax.vmap(lambda k: likelihood.probe(k, shape, kind))(keys)
+
+    def fn(params, model_state, x, index, repeat):
+        probe = None
+        if kind != "exact":
+            probe = jax.vmap(functools.partial(probes_of, shape=x.shape[1:]), out_axes=1)(index, repeat)  # [K, B, ...]
+            probe = probe[0] if config.num_probes == 1 else probe
+        score_fn = parts.score_fn(params, model_state)
+        logp, _, nfe = likelihood.ode_log_likelihood(parts.sde, score_fn, x, probe, eps=eps, **solver)
+        return logp, nfe
+
+    mapped = per_example(fn, size)
+
+    def call(params, model_state, x, index, repeat):
+        logp, nfe = mapped(params, model_state, x, index, np.full_like(index, repeat))
+        if not np.all(np.isfinite(logp)):
+            bad = index[~np.isfinite(logp)]
+            raise UserError(
+                f"the likelihood ODE failed on {len(bad)} of {len(x)} examples, first on number {bad[0]}: it reached "
+                "eval.max_steps or a non-finite state; raise eval.max_steps, loosen eval.rtol/atol, or train further"
+            )
+        return logp, nfe
+
+    return call
+
+
+def result_name(kind: str, config: Any) -> str:
+    """kind, and what is not the default about its data: bpd, bpd_variational, bpd_train, ..."""
+    return kind + ("_variational" if config.dequantizer else "") + ("_train" if split_name(config) == "train" else "")
+
+
+def bits_per_dim(parts: Parts, logp: np.ndarray) -> np.ndarray:
+    """Any shape, nats -> bits/dim."""
+    dim = math.prod(parts.dataset.shape)
+    flat = likelihood.bits_per_dim(jnp.asarray(logp.reshape(-1)), dim, parts.inverse_scaler)
+    return np.asarray(flat).reshape(logp.shape)
+
+
+def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
+    config, is_image = parts.config.eval, parts.dataset.is_image
+    name = split_name(config)
+    # a repeat differs by dequantisation noise and probe; the training split is large enough for one
+    repeats = config.num_repeats if name == "test" and (is_image or config.hutchinson_type != "exact") else 1
+    examples = split(parts, name, limit=config.num_examples, repeats=repeats)
+    log_likelihood_fn = log_likelihood(parts, examples.size)
+    settings = {**settings_of(config, *_SETTINGS), **dequantizer.settings}
+    density = _density(parts) if not is_image and parts.dataset.shape[0] <= 2 else None
+
+    def evaluate(context: Context) -> dict[str, Any]:
+        def unit(k: int) -> dict[str, np.ndarray]:
+            repeat, x, index, log_q = dequantizer.batch(examples, k)
+            logp, nfe = log_likelihood_fn(context.params, context.model_state, x, index, repeat)
+            return {"logp": logp - log_q, "nfe": nfe}
+
+        units = context.units("likelihood", {**examples.settings, **settings})
+        rows = units.run(examples.num_units, unit, f"likelihood, {name} split")
+        logp, nfe = examples.stacked(rows, "logp"), examples.stacked(rows, "nfe")
+        arrays = {"logp": logp, "nfe": nfe}
+        if is_image:
+            arrays["bpd"] = bits_per_dim(parts, logp)
+            value = evaluation.mean_and_stderr(arrays["bpd"])
+        else:
+            value = {**evaluation.mean_and_stderr(-logp), "unit": "nats"}
+        context.write(result_name("bpd", config), **arrays)
+        result: dict[str, Any] = {
+            result_name("bpd" if is_image else "nll", config): {**value, "settings": settings},
+            result_name("nfe", config): {"min": int(nfe.min()), "mean": float(nfe.mean()), "max": int(nfe.max())},
+        }
+        if is_image and config.gaussian_baseline:
+            seed = parts.config.seed
+            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(parts.dataset, parts.config.data, seed)
+        return result if density is None else result | density(context)
+
+    return evaluate
+
+
+def _density(parts: Parts) -> Evaluator:
+    """The model's density on a grid and, where the data's is known, its exact NLL by quadrature."""
+    config = parts.config.eval
+    points, cell, data = evaluation.density_grid(parts.dataset)
+    size = min(config.batch_size, round_up(len(points)))
+    log_likelihood_fn = log_likelihood(parts, size)
+    settings = {"points": len(points), "size": size, **settings_of(config, *_SETTINGS)}
+
+    def evaluate(context: Context) -> dict[str, Any]:
+        def unit(k: int) -> dict[str, np.ndarray]:
+            index = np.arange(k * size, min((k + 1) * size, len(points)), dtype=np.int32)
+            logp, _ = log_likelihood_fn(context.params, context.model_state, points[index], index, 0)
+            return {"logp": logp}
+
+        rows = context.units("density", settings).run(math.ceil(len(points) / size), unit)
+        arrays = {"x": points, "model_logp": np.concatenate([row["logp"] for row in rows]), "data": data}
+        result: dict[str, Any] = {}
+        if parts.dataset.log_prob is not None:
+            arrays["true_logp"] = parts.dataset.log_prob(points)
+            result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], cell)
+        context.write("density", **arrays)
+        return result
+
+    return evaluate

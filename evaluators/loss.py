@@ -1,0 +1,49 @@
+"""`eval.enable_loss`: each term of the training loss, at the configured order, over the whole test split."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+import evaluation
+import losses
+from evaluators.context import Context, Evaluator, per_example, settings_of, split
+from evaluators.dequantized import Dequantizer
+from parts import Parts
+
+_SETTINGS = (
+    "score_matching_order",
+    "second_order_weight",
+    "third_order_weight",
+    "exact_jacobian",
+    "reduce_mean",
+    "likelihood_weighting",
+    "importance_weighting",
+)
+
+
+def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
+    """The data as in training, so the variational dequantiser has no part in it; no dropout, no flips."""
+    config = parts.config
+    examples = split(parts, "test", limit=config.eval.num_examples)
+    loss_fn = losses.get_loss_fn(config.training, parts.sde, lambda params, state, _: parts.score_fn(params, state))
+    dequantize = config.data.uniform_dequantization
+
+    def terms_of(params, model_state, x, index):
+        _, terms = loss_fn(params, model_state, x, index, jax.random.PRNGKey(config.seed))
+        return terms
+
+    terms_fn = per_example(terms_of, examples.size)
+
+    def evaluate(context: Context) -> dict[str, Any]:
+        def unit(k: int) -> dict[str, np.ndarray]:
+            _, x, index = examples.batch(k, dequantize=dequantize)
+            return terms_fn(context.params, context.model_state, x, index)
+
+        settings = {**examples.settings, **settings_of(config.training, *_SETTINGS)}
+        rows = context.units("loss", settings).run(examples.num_units, unit, "loss, test split")
+        terms = {name: examples.stacked(rows, name) for name in rows[0]}
+        context.write("loss", **terms)
+        return {"loss": {name: evaluation.mean_and_stderr(values) for name, values in terms.items()}}
+
+    return evaluate

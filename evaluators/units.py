@@ -1,0 +1,67 @@
+"""Units of work of an evaluation: each is computed once, by one of the hosts, and written at once or not at all."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from errors import UserError
+from records import write_npz
+
+
+class Units:
+    """The units 0, 1, ... of one kind of work, a file each under `root/<name>_<digest of settings>`.
+
+    Other settings have another folder, so a result is never read back under settings that did not make it.
+    """
+
+    def __init__(self, root: Path, name: str, settings: dict[str, Any]):
+        text = json.dumps(settings, sort_keys=True, default=str)
+        self._folder = root / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self._name = name
+
+    def run(
+        self, count: int, compute: Callable[[int], dict[str, np.ndarray]], label: str = ""
+    ) -> list[dict[str, np.ndarray]]:
+        """What `compute(k)` gives for k = 0 .. count - 1: read where it is on disk, else computed and written.
+
+        Unit k falls to process k mod the number of processes; all return all units. UserError if one that another
+        process did is not to be seen: the hosts must share the folder.
+        """
+        todo = [k for k in range(jax.process_index(), count, jax.process_count()) if self._read(k) is None]
+        if todo and len(todo) < len(range(jax.process_index(), count, jax.process_count())):
+            logging.info("%s: %d of %d units were there already", label or self._name, count - len(todo), count)
+        for done, k in enumerate(todo, 1):
+            write_npz(self._path(k), **compute(k))
+            if label and (done == len(todo) or done % max(1, len(todo) // 10) == 0):
+                logging.info("%s: %d of %d", label, done, len(todo))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(str(self._folder))
+        results = []
+        for k in range(count):
+            if (unit := self._read(k)) is None:
+                raise UserError(f"{self._path(k)} is missing: --workdir must be a folder that all hosts share")
+            results.append(unit)
+        return results
+
+    def _path(self, k: int) -> Path:
+        return self._folder / f"{k:06d}.npz"
+
+    def _read(self, k: int) -> dict[str, np.ndarray] | None:
+        """None if it is not there or damaged, as by a disk that filled up under the rename."""
+        path = self._path(k)
+        if not path.exists():
+            return None
+        try:
+            with np.load(path) as file:
+                return {key: file[key] for key in file.files}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            logging.warning("%s cannot be read (%s) and is computed again", path, error)
+            return None

@@ -1,0 +1,52 @@
+"""Signals that ask a run to stop, and the agreement of all hosts on the step after which they do."""
+
+import collections
+import signal
+from types import FrameType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class StopRequest:
+    """Inside `with`, the first SIGTERM or SIGINT is noted, not obeyed; a second one ends the process as usual.
+
+    Hosts are signalled at different moments, yet must leave a loop with collectives after the same step. So each tells
+    the others in a sum over all devices at every step, whose value is read two steps later, when it costs no waiting.
+    """
+
+    def __init__(self):
+        self.signal = ""
+        self._previous = {}
+        self._sums: collections.deque = collections.deque()
+        self._sum = jax.pmap(lambda flag: jax.lax.psum(flag, "hosts"), axis_name="hosts")
+
+    def __enter__(self):
+        try:
+            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread, which alone gets signals
+            self._previous = {}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """To be called once after each step, by all hosts."""
+        if jax.process_count() == 1:
+            return bool(self.signal)
+        flag = np.full(jax.local_device_count(), float(bool(self.signal)), np.float32)
+        self._sums.append(self._sum(jnp.asarray(flag)))
+        if len(self._sums) <= 2:
+            return False
+        stop = float(np.asarray(self._sums.popleft().addressable_data(0)).reshape(-1)[0]) > 0
+        if stop and not self.signal:
+            self.signal = "a signal to another host"
+        return stop

@@ -1,0 +1,187 @@
+"""The training loop of `--mode train` and `--mode train_deq`: steps, logs, checkpoints, signals, bad steps."""
+
+import collections
+import datetime
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+import checkpoints
+import losses
+from errors import UserError
+from interrupts import StopRequest
+from parts import Config, first, replicate, shard
+from records import MetricsLog, Pending
+
+# Calls of the step that may be under way while the host goes on; their metrics are read afterwards.
+_IN_FLIGHT = 2
+
+
+class Job(NamedTuple):
+    """What is trained. A step takes (state, x [devices, n, B / devices, ...]) to (state, metrics [devices, n])."""
+
+    config: Config  # its `training` section sets the frequencies
+    directory: Path
+    state: losses.TrainState  # on the host
+    record: dict[str, Any]  # of the checkpoint that the state comes from
+    loader: Any  # iterator of {'x', 'index'} with get_state and set_state
+    p_step: Callable[[losses.TrainState, Any], tuple[losses.TrainState, dict[str, jax.Array]]]
+    n_iters: int
+    eval_fn: Callable[[losses.TrainState], dict[str, float]]
+    on_snapshot: Callable[[losses.TrainState, int], None] | None = None
+    facts: dict[str, Any] | None = None  # to be saved with each checkpoint
+    shown: tuple[str, ...] = ("loss", "grad_norm")
+    snapshot_number: Callable[[int], int] = lambda step: step
+
+
+def run(job: Job) -> losses.TrainState:
+    """Trains to `n_iters` steps or to a SIGTERM or SIGINT; returns the state, on the host, saved either way.
+
+    UserError after `training.max_bad_steps` bad steps in a row, with the last good state saved.
+    """
+    with StopRequest() as stop:
+        return _Loop(job).run(stop)
+
+
+class _Loop:
+    def __init__(self, job: Job):
+        self.job, self.training = job, job.config.training
+        self.step = int(job.state.step)
+        self.state = replicate(job.state)
+        self.is_writer = jax.process_index() == 0
+        if "loader" in job.record:
+            job.loader.set_state(job.record["loader"])
+        self.pending = Pending(job.record.get("pending"))
+        self.bad_in_a_row = job.record.get("bad_in_a_row", 0)
+        self.in_flight: collections.deque = collections.deque()
+        self.log = MetricsLog(job.directory, self.step) if self.is_writer else None
+
+    def run(self, stop: StopRequest) -> losses.TrainState:
+        job, training, jitted = self.job, self.training, self.training.n_jitted_steps
+        clock = _Clock(self.step)
+        for x, index in _grouped(job.loader, jitted):
+            if self.step >= job.n_iters:
+                break
+            self.state, metrics = job.p_step(self.state, x)
+            self.step += jitted
+            self.in_flight.append((self.step, metrics, index))
+            self._settle(_IN_FLIGHT)
+            final = self.step >= job.n_iters
+            if self.step % training.log_freq == 0:
+                self._log_train(clock)
+            if self.step % training.eval_freq == 0:
+                self._write("eval", job.eval_fn(self.state))
+            if self.step % training.snapshot_freq == 0 or final:
+                self._save("checkpoints", job.snapshot_number(self.step), keep=0)
+                if job.on_snapshot is not None and self.is_writer:
+                    job.on_snapshot(self.state, self.step)
+            due = clock.minutes_since_save() >= training.snapshot_minutes_for_preemption > 0
+            stopping = stop.agreed() and not final
+            if self.step % training.snapshot_freq_for_preemption == 0 or final or due or stopping:
+                path = self._save("checkpoints-meta", self.step, keep=2)
+                clock.saved()
+            if stopping:
+                logging.info(
+                    "stopped by %s after step %d; the same command goes on from %s", stop.signal, self.step, path
+                )
+                break
+        if self.log is not None:
+            self.log.close()
+        return first(self.state)
+
+    def _settle(self, allowed: int) -> None:
+        """Reads the metrics of all but the last `allowed` calls; tells of skipped steps and may end the run."""
+        while len(self.in_flight) > allowed:
+            step, metrics, index = self.in_flight.popleft()
+            values = {name: _of_first_device(value) for name, value in metrics.items()}
+            self.pending.add(values)
+            for i, skipped in enumerate(values["skipped"]):
+                self.bad_in_a_row = self.bad_in_a_row + 1 if skipped else 0
+                if skipped:
+                    bad_step = step - len(values["skipped"]) + i + 1
+                    self._tell_of(bad_step, {name: float(v[i]) for name, v in values.items()}, index[i])
+                if self.bad_in_a_row >= self.training.max_bad_steps:
+                    self._give_up()
+
+    def _tell_of(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
+        logging.warning(
+            "step %d skipped: loss %s, gradient norm %s; its examples are in metrics.jsonl",
+            step,
+            values["loss"],
+            values["grad_norm"],
+        )
+        if self.log is not None:
+            values = {"loss": values["loss"], "grad_norm": values["grad_norm"], "index": index.tolist()}
+            self.log.note(step, "skipped", values)
+
+    def _give_up(self) -> None:
+        bad, self.bad_in_a_row = self.bad_in_a_row, 0
+        self.in_flight.clear()  # skipped or not, they are in the state; their metrics are lost
+        path = self._save("checkpoints-meta", self.step, keep=2)
+        raise UserError(
+            f"training.max_bad_steps={bad} steps in a row, before step {self.step}, had a loss or gradient that is not "
+            f"finite; the last good state is in {path}. Lower optim.lr, or look at the examples in metrics.jsonl"
+        )
+
+    def _log_train(self, clock: "_Clock") -> None:
+        self._settle(0)
+        means = self.pending.means()
+        self._write("train", means)
+        speed, n_iters = clock.speed(self.step), self.job.n_iters
+        shown = "  ".join(f"{name} {means[name]:.4g}" for name in self.job.shown)
+        eta = datetime.timedelta(seconds=round((n_iters - self.step) / speed))
+        logging.info("step %d/%d  %s  %.1f steps/s  ETA %s", self.step, n_iters, shown, speed, eta)
+
+    def _write(self, split: str, values: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(self.step, split, values)
+
+    def _save(self, folder: str, number: int, keep: int) -> Path:
+        self._settle(0)
+        directory = self.job.directory / folder
+        if not self.is_writer:
+            return directory / f"checkpoint_{number}"
+        record = {
+            "loader": self.job.loader.get_state(),
+            "pending": self.pending.values,
+            "bad_in_a_row": self.bad_in_a_row,
+            "config": self.job.config.to_dict(),
+            **(self.job.facts or {}),
+        }
+        return checkpoints.save(directory, first(self.state), number, record, keep)
+
+
+class _Clock:
+    def __init__(self, step: int):
+        self._time = self._saved = time.monotonic()
+        self._step = step
+
+    def speed(self, step: int) -> float:
+        """Steps a second since the last call."""
+        now = time.monotonic()
+        speed = (step - self._step) / (now - self._time)
+        self._time, self._step = now, step
+        return speed
+
+    def minutes_since_save(self) -> float:
+        return (time.monotonic() - self._saved) / 60
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+
+def _of_first_device(value: jax.Array) -> np.ndarray:
+    """[n], of metrics [devices, n] that are equal on all devices."""
+    return np.asarray(value.addressable_data(0)).reshape(-1)
+
+
+def _grouped(loader: Iterator[dict], n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """n batches for one call of the step: x [local devices, n, B / devices, ...], example index [n, B]."""
+    while True:
+        batches = [next(loader) for _ in range(n)]
+        yield np.stack([shard(b["x"]) for b in batches], axis=1), np.stack([b["index"] for b in batches])

@@ -1,0 +1,60 @@
+"""Variational dequantisation by Flow++ (Ho et al. 2019, arXiv 1902.00275), by the name in `config.deq.network`.
+
+A new size is one line in NETWORKS.
+"""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from errors import UserError
+from models.flowpp.dequantizer import Dequantizer
+
+# Sizes and layouts of the public code, but for `small`, which is for images of 8x8 and one channel. The public
+# imagenet64 gives every block's last layer the same name, which flax refuses, so no checkpoint of it exists; here the
+# layer has the name that it has in the other two.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "cifar10": dict(
+        filters=96, components=32, blocks=2, heads=4, steps=4, pointwise=True, deep=False, attention=True,
+        weight_norm=False, context_filters=32, context_blocks=3,
+    ),
+    "imagenet32": dict(
+        filters=128, components=32, blocks=8, heads=4, steps=8, pointwise=False, deep=True, attention=True,
+        weight_norm=True, context_filters=32, context_blocks=8,
+    ),
+    "imagenet64": dict(
+        filters=96, components=4, blocks=5, heads=4, steps=4, pointwise=False, deep=True, attention=False,
+        weight_norm=False, context_filters=32, context_blocks=5,
+    ),
+    "small": dict(
+        filters=16, components=4, blocks=1, heads=2, steps=4, pointwise=False, deep=False, attention=True,
+        weight_norm=False, context_filters=16, context_blocks=1,
+    ),
+}  # fmt: skip
+
+
+def create_dequantizer(network: str, dropout: float = 0.0) -> Dequantizer:
+    """The dequantiser called `network`, for images of any even width; UserError if there is none of that name."""
+    if network not in NETWORKS:
+        raise UserError(f"deq.network={network!r} is unknown; use one of {', '.join(NETWORKS)}")
+    return Dequantizer(**NETWORKS[network], dropout=dropout)
+
+
+def init_params(
+    model: Dequantizer, key: PRNGKeyArray, image: Float[Array, "B H W C"], u: Float[Array, "B H W C"]
+) -> dict[str, Any]:
+    """Fresh parameters, made from a batch of images in [0, 1] and standard normal u, so that every layer's outputs on
+    these have mean 0 and a known spread (see `layers`).
+
+    More images are better; one is enough to be finite. The result depends on every image given, so all devices and all
+    starts need the same.
+    """
+    # Optimising a program that runs once would take longer than it saves (see `models.init_params`).
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    if any(
+        isinstance(x, jax.core.Tracer) for x in (key, image, u)
+    ):  # inside another jit or eval_shape, which has its own options
+        init = model.init
+    variables: Any = init({"params": key}, u, image)
+    return variables["params"]

@@ -1,0 +1,218 @@
+"""Variational dequantisation: the loss against the closed form of the bound for Gaussian data."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dequantization import bound_at, dequantize, draw, get_loss_fn
+from models.flowpp import create_dequantizer, init_params
+from sde_lib import VESDE, VPSDE
+
+EPS = 1e-3
+MEAN, STD = 0.2, 0.4
+DIM = 16
+SHAPE = (4, 4, 1)
+SDES = {"vp": VPSDE(beta_min=0.1, beta_max=20.0), "ve": VESDE(sigma_min=0.01, sigma_max=50.0)}
+
+
+def scaler(x01):
+    return 2 * x01 - 1
+
+
+def inverse_scaler(x):
+    return (x + 1) / 2
+
+
+def gaussian_score(sde):
+    """The score of N(MEAN, STD^2 I) diffused to t."""
+
+    def score_fn(x, t):
+        alpha, sigma = (coefficient.reshape(-1, 1, 1, 1) for coefficient in (sde.alpha(t), sde.sigma(t)))
+        return -(x - alpha * MEAN) / (jnp.square(alpha * STD) + jnp.square(sigma))
+
+    return score_fn
+
+
+class Sigmoid(nn.Module):
+    """noise = sigmoid(slope u + image), whose density is known."""
+
+    @nn.compact
+    def __call__(self, u, image, dropout_keys=None):
+        slope = self.param("slope", nn.initializers.constant(0.7), ())
+        h = slope * u + image
+        log_det = jnp.log(slope) + jax.nn.log_sigmoid(h) + jax.nn.log_sigmoid(-h)
+        log_q = -0.5 * jnp.square(u) - 0.5 * jnp.log(2 * jnp.pi) - log_det
+        return jax.nn.sigmoid(h), jnp.sum(log_q, axis=(1, 2, 3))
+
+
+class Certain(nn.Module):
+    """Noise as near to 1 as float32 can be, and 1 itself."""
+
+    @nn.compact
+    def __call__(self, u, image, dropout_keys=None):
+        return jnp.where(u > 0, 1.0, 1 - 1e-7), jnp.zeros(len(u))
+
+
+PARAMS = {"slope": jnp.float32(0.7)}
+
+
+def images(count, shape=SHAPE):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 256, (count, *shape)) / np.float32(255))
+
+
+def float64_coefficients(name, t):
+    if name == "ve":
+        return 1.0, 0.01 * 5000.0**t
+    log_alpha = -(t**2) * 19.9 / 4 - t * 0.1 / 2
+    return np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+
+
+def mean_bound(name, x, offset):
+    """The mean of the bound over its noises, nats [B]: for an exact score it is tight but for its two ends.
+
+    E log p_eps(x_eps) + E[log prior(x_T) - log p_T(x_T)], less the decoder's term; x_t ~ N(alpha x, sigma^2 I).
+    """
+    distance_sq = np.sum(np.square(np.asarray(x, np.float64) - MEAN), axis=(1, 2, 3))
+
+    def mean_log_normal(t, mean, variance):
+        alpha, sigma = float64_coefficients(name, t)
+        square = np.sum(np.square(alpha * np.asarray(x, np.float64) - mean), axis=(1, 2, 3)) + DIM * sigma**2
+        return -0.5 * DIM * np.log(2 * np.pi * variance) - 0.5 * square / variance
+
+    def marginal(t):
+        alpha, sigma = float64_coefficients(name, t)
+        return t, alpha * MEAN, (alpha * STD) ** 2 + sigma**2
+
+    prior_variance = 1.0 if name == "vp" else 50.0**2
+    bound = (
+        mean_log_normal(*marginal(EPS)) + mean_log_normal(1.0, 0.0, prior_variance) - mean_log_normal(*marginal(1.0))
+    )
+    if offset:
+        alpha, sigma = float64_coefficients(name, EPS)
+        variance = marginal(EPS)[2]
+        residual_sq = DIM * (1 - sigma**2 / variance) ** 2 + (sigma * alpha / variance) ** 2 * distance_sq
+        bound -= 0.5 * residual_sq - DIM * (0.5 + np.log(alpha))
+    return bound
+
+
+@pytest.mark.parametrize(
+    ("name", "importance_weighting", "offset", "num_times"),
+    [
+        ("vp", True, True, 1),
+        ("vp", True, False, 3),
+        ("vp", False, True, 8),
+        ("ve", True, True, 8),
+        ("ve", False, False, 8),
+    ],
+)
+def test_mean_loss_is_the_closed_form(name, importance_weighting, offset, num_times):
+    count = 8_000
+    image01, index, key = images(count), jnp.arange(count), jax.random.key(1)
+    options = dict(eps=EPS, offset=offset, importance_weighting=importance_weighting)
+    loss_fn = get_loss_fn(
+        SDES[name], gaussian_score(SDES[name]), Sigmoid(), scaler, inverse_scaler, num_time_samples=num_times, **options
+    )
+    loss, terms = jax.jit(loss_fn)(PARAMS, image01, index, key)
+    assert {term: value.shape for term, value in terms.items()} == dict.fromkeys(("loss", "bound", "log_q"), (count,))
+    np.testing.assert_allclose(loss, np.mean(terms["loss"]), rtol=1e-5)
+    np.testing.assert_allclose(terms["loss"], terms["bound"] + terms["log_q"], atol=1e-5)
+
+    draws = draw(jax.random.split(key)[0], index, SHAPE, num_times)
+    x01, log_q = dequantize(Sigmoid(), PARAMS, image01, draws.u)
+    expected = -mean_bound(name, 2 * np.asarray(x01, np.float64) - 1, offset) / (DIM * np.log(2)) + 7
+    difference = np.asarray(terms["bound"], np.float64) - expected
+    standard_error = np.std(difference) / np.sqrt(count)
+    assert standard_error < 0.06
+    assert abs(np.mean(difference)) < 4 * standard_error
+    np.testing.assert_allclose(terms["log_q"], log_q / (DIM * np.log(2)), atol=1e-5)
+
+
+def test_bound_from_given_draws():
+    """The estimate, written out in float64 for VP, importance weighting and K = 2."""
+    x = scaler(images(3))
+    draws = draw(jax.random.key(2), jnp.arange(3), SHAPE, num_time_samples=2)
+    sde = SDES["vp"]
+    options = dict(eps=EPS, offset=True, importance_weighting=True)
+    ours = jax.jit(lambda: bound_at(sde, gaussian_score(sde), x, draws, **options))()
+
+    x, prior_noise, offset_noise, noise = (
+        np.asarray(part, np.float64) for part in (x, draws.prior_noise, draws.offset_noise, draws.noise)
+    )
+
+    def log_snr(t):
+        alpha, sigma = float64_coefficients("vp", t)
+        return 2 * np.log(alpha / sigma)
+
+    def sigma_score(t, noise, x):
+        alpha, sigma = float64_coefficients("vp", t)
+        return -sigma * (alpha * (x - MEAN) + sigma * noise) / ((alpha * STD) ** 2 + sigma**2)
+
+    span = log_snr(EPS) - log_snr(1.0)
+    for i in range(3):
+        integral = 0
+        for k in range(2):
+            t = float(sde.importance_weighted_time(draws.time_u[i, k], EPS))
+            np.testing.assert_allclose(log_snr(t), log_snr(EPS) - span * float(draws.time_u[i, k]), atol=1e-3)
+            scaled = sigma_score(t, noise[i, k], x[i])
+            beta, sigma_sq = 0.1 + 19.9 * t, float64_coefficients("vp", t)[1] ** 2
+            rate = 0.5 * beta / sigma_sq * np.sum((scaled + noise[i, k]) ** 2 - noise[i, k] ** 2) + DIM * beta / 2
+            integral += 0.5 * rate * span * sigma_sq / beta
+        alpha, sigma = float64_coefficients("vp", 1.0)
+        x_end = alpha * x[i] + sigma * prior_noise[i]
+        prior = np.sum(-0.5 * x_end**2 - 0.5 * np.log(2 * np.pi))
+        # -log of the decoder N((x_eps + sigma^2 s) / alpha, (sigma / alpha)^2 I) at x, less the entropy of x_eps
+        alpha, sigma = float64_coefficients("vp", EPS)
+        x_eps = alpha * x[i] + sigma * offset_noise[i]
+        decoded = (x_eps + sigma * sigma_score(EPS, offset_noise[i], x[i])) / alpha
+        decoder = np.sum(0.5 * ((x[i] - decoded) * alpha / sigma) ** 2) + DIM * np.log(
+            sigma / alpha * np.sqrt(2 * np.pi)
+        )
+        entropy = 0.5 * DIM * np.log(2 * np.pi * np.e * sigma**2)
+        np.testing.assert_allclose(ours[i], prior - integral - (decoder - entropy), rtol=2e-4)
+
+
+@pytest.mark.parametrize("model", [Sigmoid(), Certain()])
+def test_dequantisation_keeps_the_levels(model):
+    levels = np.tile(np.arange(256, dtype=np.float32), 8).reshape(2, 32, 32, 1)
+    u = jnp.asarray(np.random.default_rng(3).normal(size=levels.shape), jnp.float32)
+    params = PARAMS if isinstance(model, Sigmoid) else {}
+    x01, log_q = jax.jit(lambda image01: dequantize(model, params, image01, u))(jnp.asarray(levels / np.float32(255)))
+    np.testing.assert_array_equal(np.floor(256 * np.asarray(x01, np.float64)), levels)
+    assert np.max(x01) < 1 and log_q.shape == (2,)
+
+
+def test_draws_are_a_function_of_key_and_index():
+    whole = draw(jax.random.key(4), jnp.arange(6), SHAPE, 2)
+    part = draw(jax.random.key(4), jnp.array([5, 2]), SHAPE, 2)
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[[5, 2]], b)
+        assert len(np.unique(a)) == np.size(a)  # nothing is drawn twice
+    flat = np.concatenate([np.ravel(part) for part in (whole.u, whole.prior_noise, whole.offset_noise, whole.noise)])
+    assert len(np.unique(flat)) == len(flat)
+
+
+def test_training_the_small_flow():
+    """Gradients are finite, and some steps lower the bound, on images whose levels follow the score's Gaussian."""
+    count, shape = 64, (8, 8, 1)
+    rng = np.random.default_rng(5)
+    x = MEAN + STD * rng.normal(size=(count, *shape))
+    image01 = jnp.asarray(np.clip(np.round(127.5 * (x + 1)), 0, 255) / np.float32(255))
+    model = create_dequantizer("small", dropout=0.1)
+    u = jnp.asarray(rng.normal(size=image01.shape), jnp.float32)
+    params = init_params(model, jax.random.key(0), image01, u)
+    assert 30_000 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 100_000
+    loss_fn = get_loss_fn(SDES["vp"], gaussian_score(SDES["vp"]), model, scaler, inverse_scaler)
+    step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+
+    log_q = []
+    for i in range(8):
+        (loss, terms), gradient = step(params, image01, jnp.arange(count), jax.random.key(i))
+        assert np.isfinite(loss)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+        log_q.append(float(np.mean(terms["log_q"])))
+        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)))
+        params = jax.tree.map(lambda p, g, norm=norm: p - 0.02 * g / norm, params, gradient)
+    # Levels are far finer than the data's spread, so uniform noise is best, of log q = 0; the start is more peaked.
+    assert log_q[0] > 0.1 and log_q[-1] < 0.7 * log_q[0]

@@ -1,0 +1,236 @@
+"""What `--mode eval` computes: closed forms for an exact score; tiny digits, stopped and resumed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import datasets
+import losses
+import run_lib
+import sde_lib
+from configs.default_configs import get_default_configs
+from errors import UserError
+from evaluators import EVALUATORS
+from evaluators.context import Context, per_example, split
+from evaluators.dequantized import uniform
+from parts import Parts, replicate
+from tests.test_run import tiny_digits
+
+STD = np.array([0.3, 0.8, 1.5])
+
+
+class ExactScore(nn.Module):
+    """Of N(0, diag STD^2) diffused by the VP SDE to time t."""
+
+    conditioning = "time"
+    predicts_score = True
+
+    @nn.compact
+    def __call__(self, x, t, train):
+        scale = self.param("scale", nn.initializers.ones, ())  # a checkpoint has some parameter
+        log_alpha = -0.25 * t**2 * (20 - 0.1) - 0.5 * 0.1 * t
+        alpha_sq = jnp.exp(2 * log_alpha)[:, None]
+        return -scale * x / (alpha_sq * jnp.asarray(STD, jnp.float32) ** 2 + 1 - alpha_sq)
+
+
+@pytest.fixture
+def gaussian(tmp_path):
+    """Parts whose score is exact, 301 test examples, and a context to evaluate them in."""
+    config = get_default_configs()
+    config.training.update(sde="vpsde", exact_jacobian=True, score_matching_order=3)
+    config.data.dataset = "gaussian"
+    config.eval.update(batch_size=128, num_repeats=2, num_samples=700, num_examples=0, fisher_num_examples=0)
+    config.eval.update(bound_num_times=500, fisher_num_times=5)
+    rng = np.random.default_rng(0)
+    train, test = ((rng.normal(size=(n, 3)) * STD).astype(np.float32) for n in (10, 301))
+    dataset = datasets.Dataset("gaussian", (3,), False, train, test)
+    model = ExactScore()
+    parts = Parts(config, sde_lib.from_config(config), dataset, model, losses.get_optimizer(config.optim))
+    params = {"scale": np.float32(1)}
+    context = Context(replicate(params), replicate({}), 1, tmp_path, {"parameters": "exact"})
+    return parts, context
+
+
+def true_logp(x):
+    return -0.5 * np.sum((x / STD) ** 2 + np.log(2 * np.pi * STD**2), axis=1)
+
+
+def test_likelihood_of_an_exact_score(gaussian):
+    parts, context = gaussian
+    result = EVALUATORS["enable_bpd"](parts, uniform())(context)
+    saved = np.load(context.file("bpd"))
+    truth = true_logp(parts.dataset.test)
+    assert saved["logp"].shape == (2, 301)  # every example once a repeat, the last batch of 45 included
+    # a probe's v . J v is the trace for a diagonal Jacobian; beta makes the prior exact to 1e-4
+    np.testing.assert_allclose(saved["logp"], np.stack([truth, truth]), atol=2e-3)
+    assert result["nll"]["mean"] == pytest.approx(-truth.mean(), abs=1e-3)
+    assert result["nll"]["stderr"] == pytest.approx(truth.std(ddof=1) / np.sqrt(301), rel=1e-3)
+    assert result["nfe"]["min"] == saved["nfe"].min() and result["nfe"]["max"] == saved["nfe"].max()
+
+
+@pytest.mark.parametrize(("dsm", "importance"), [(True, True), (False, True), (True, False)])
+def test_bound_of_an_exact_score_is_the_likelihood(gaussian, dsm, importance):
+    parts, context = gaussian
+    parts.config.eval.update(dsm=dsm, bound_importance_weighting=importance)
+    result = EVALUATORS["bound"](parts, uniform())(context)["bound"]
+    errors = np.load(context.file("bound"))["bound"] - true_logp(parts.dataset.test)
+    spread = errors.mean(axis=0).std(ddof=1) / np.sqrt(301)
+    assert abs(errors.mean()) < 4 * spread < 0.4
+    assert result["mean"] == pytest.approx(-np.load(context.file("bound"))["bound"].mean(), rel=1e-5)
+
+
+def test_loss_of_an_exact_score(gaussian):
+    """E|sigma s + z|^2 / D = mean_d sigma^2 / (alpha^2 std_d^2 + sigma^2) ... at the minimum, averaged over t."""
+    parts, context = gaussian
+    parts.config.eval.batch_size = 50
+    result = EVALUATORS["enable_loss"](parts, uniform())(context)["loss"]
+    times = np.linspace(1e-5, 1, 2001)
+    alpha_sq = np.exp(-0.5 * times**2 * 19.9 - 0.1 * times)[:, None]
+    at_minimum = np.mean(1 - (1 - alpha_sq) / (alpha_sq * STD**2 + 1 - alpha_sq), axis=1)
+    truth = np.trapezoid(at_minimum, times)
+    assert abs(result["first"]["mean"] - truth) < 4 * result["first"]["stderr"]
+    saved = np.load(context.file("loss"))
+    assert saved["loss"].shape == (1, 301) and np.all(saved["third"] > 0)
+    np.testing.assert_allclose(saved["loss"], saved["first"] + saved["second"] + saved["third"], rtol=1e-5)
+
+
+def test_samples_of_an_exact_score(gaussian):
+    parts, context = gaussian
+    result = EVALUATORS["enable_sampling"](parts, uniform())(context)["sampling"]
+    samples = np.load(context.file("samples"))["samples"]
+    assert samples.shape == (700, 3) and result["num_samples"] == 700  # not a round more
+    np.testing.assert_allclose(samples.mean(axis=0) / STD, 0, atol=4 / np.sqrt(700))
+    np.testing.assert_allclose(samples.std(axis=0) / STD, 1, atol=4 / np.sqrt(1400))
+
+
+def test_fisher_curves_of_an_exact_score(gaussian):
+    """The ODE's own score is the model's: the misfit of the prior is below 1e-4."""
+    parts, context = gaussian
+    EVALUATORS["enable_fisher"](parts, uniform())(context)
+    saved = np.load(context.file("fisher"))
+    assert saved["times"].shape == (5,)
+    assert np.all(saved["score_ode"] < 1e-3 * (1 + saved["score_normal"]))
+    assert np.all(saved["grad_divergence_normal"] < 1e-4) and np.all(saved["divergence_normal"][1:] > 0)
+
+
+def test_results_do_not_depend_on_the_batch(gaussian):
+    parts, context = gaussian
+    parts.config.sampling.update(rtol=1e-7, atol=1e-7)  # at 1e-5 a step taken here and not there is seen
+    logps, samples = [], []
+    for size in (128, 37):
+        parts.config.eval.update(batch_size=size, num_samples=60)
+        EVALUATORS["enable_bpd"](parts, uniform())(context)
+        EVALUATORS["enable_sampling"](parts, uniform())(context)
+        logps.append(np.load(context.file("bpd"))["logp"])
+        samples.append(np.load(context.file("samples"))["samples"])
+    np.testing.assert_allclose(logps[0], logps[1], atol=1e-4)
+    np.testing.assert_allclose(samples[0], samples[1], atol=1e-4)
+
+
+def test_products_are_in_float32():
+    """On the accelerators whose default is TF32; in what is compiled, not in what the CPU does."""
+    seen = {}
+
+    def fn(params, state, x):
+        jaxpr = jax.make_jaxpr(lambda x: x @ x.T)(x)
+        seen["precision"] = jaxpr.eqns[-1].params["precision"] or jax.config.jax_default_matmul_precision
+        return x.sum(axis=1)
+
+    per_example(fn, 2)({}, {}, np.ones((2, 3), np.float32))
+    assert "float32" in str(seen["precision"]) or "HIGHEST" in str(seen["precision"])
+
+
+def test_batches_of_a_split(gaussian):
+    parts, _ = gaussian
+    examples = split(parts, "test", repeats=2)
+    seen = [examples.batch(k) for k in range(examples.num_units)]
+    assert [repeat for repeat, _, _ in seen] == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(np.concatenate([index for _, _, index in seen]), np.tile(np.arange(301), 2))
+
+
+def evaluated(config, workdir, folder="eval"):
+    results = run_lib.evaluate(config, workdir, folder)
+    arrays = {p.name: dict(np.load(p)) for p in sorted((workdir / folder).glob("*.npz"))}
+    return results, arrays
+
+
+def assert_same(a, b):
+    assert json.dumps(a[0]) == json.dumps(b[0])
+    assert a[1].keys() == b[1].keys() and len(a[1]) > 3
+    jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    run_lib.train(tiny_digits(), workdir)
+    return workdir
+
+
+def everything():
+    config = tiny_digits()
+    config.eval.update(enable_loss=True, bound=True, enable_fisher=True, bound_num_times=5, fisher_num_times=3)
+    config.eval.update(fisher_num_examples=8, num_repeats=2, num_probes=2)
+    config.sampling.method, config.model.num_scales = "pc", 6
+    return config
+
+
+def test_a_stopped_evaluation_goes_on_to_the_same_figures(trained, monkeypatch):
+    config = everything()
+    whole = evaluated(config, trained, "whole")
+    (result,) = whole[0]
+    for key in ("loss", "bpd", "bound", "sampling", "fisher", "nfe"):
+        assert key in result
+    assert result["bpd"]["num_repeats"] == 2 and result["bpd"]["stderr_over_repeats"] > 0
+    assert result["bpd"]["settings"]["num_probes"] == 2
+
+    class StoppedError(Exception):
+        pass
+
+    from evaluators import units
+
+    original = units.write_npz
+
+    for allowed in (1, 4, 9, 2):  # within loss, likelihood, bound, samples
+        written = []
+
+        def write(path, allowed=allowed, written=written, **arrays):
+            if path.parent.parent.name == "units":
+                if len(written) == allowed:
+                    raise StoppedError
+                written.append(path)
+            original(path, **arrays)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(units, "write_npz", write)
+            with pytest.raises(StoppedError):
+                run_lib.evaluate(config, trained, "parts")
+    assert_same(evaluated(config, trained, "parts"), whole)
+
+
+def test_other_settings_are_computed_anew_and_results_add_up(trained):
+    config = tiny_digits()
+    config.eval.update(enable_sampling=False, num_examples=8, hutchinson_type="gaussian")
+    first = run_lib.evaluate(config, trained, "mixed")[0]
+    config.eval.hutchinson_type = "rademacher"
+    second = run_lib.evaluate(config, trained, "mixed")[0]
+    assert first["bpd"]["mean"] != second["bpd"]["mean"]
+    config.eval.update(enable_bpd=False, enable_sampling=True)
+    third = run_lib.evaluate(config, trained, "mixed")[0]
+    assert third["bpd"] == second["bpd"] and "sampling" in third
+    config.eval.update(enable_bpd=True, enable_sampling=False, dataset="train")
+    fourth = run_lib.evaluate(config, trained, "mixed")[0]
+    assert fourth["bpd"] == second["bpd"] and fourth["bpd_train"]["num_examples"] == 8
+    assert fourth["bpd_train"]["num_repeats"] == 1
+
+
+def test_a_checkpoint_is_waited_for_only_if_asked(trained):
+    config = tiny_digits()
+    config.eval.update(begin_ckpt=2, end_ckpt=3, enable_sampling=False, num_examples=8)
+    with pytest.raises(UserError, match=r"holds no checkpoint_3 \(it has: 1, 2\).*eval\.wait_for_checkpoints_s"):
+        run_lib.evaluate(config, trained, "wait")
+    assert (trained / "wait" / "report_2.json").is_file()  # what is there is not held up by what is not
