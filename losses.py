@@ -269,23 +269,43 @@ def get_optimizer(optim_config: Any) -> optax.GradientTransformation:
     return optax.chain(clip, adam)
 
 
+def _mean_over_parts(fun: Callable[..., PyTree], num_parts: int, *arrays: Array) -> PyTree:
+    """Mean of `fun` over `num_parts` equal parts of arrays [B, ...], one after another: the memory is that of one."""
+    if num_parts == 1:
+        return fun(*arrays)
+    parts = [x.reshape(num_parts, -1, *x.shape[1:]) for x in arrays]
+    shapes = jax.eval_shape(fun, *(x[0] for x in parts))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, fun(*part)), None), zeros, parts)
+    return jax.tree.map(lambda x: x / num_parts, total)
+
+
 def get_step_fn(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_rate: float, axis_name: str | None = "batch"
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    ema_rate: float,
+    axis_name: str | None = "batch",
+    num_microbatches: int = 1,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """One optimiser step (state, x0 [B, ...]) -> (state, metrics), to be scanned inside a pmap over `axis_name`.
 
     Metrics are scalars: the batch means of the loss terms, `grad_norm` before clipping and `skipped`. An example's
     randomness follows from the step and its place in the global batch, so the number of devices does not change the
     result. A step whose loss or gradient is not finite changes nothing but `step`; `skipped` is then 1, else 0.
+    `num_microbatches`, a divisor of B, parts are differentiated one after another, in the memory of one; their mean is
+    the gradient of the whole batch.
     """
 
     def step_fn(state, x0):
         device = jax.lax.axis_index(axis_name) if axis_name else 0
         index = device * x0.shape[0] + jnp.arange(x0.shape[0])
         key = jax.random.fold_in(state.key, state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, terms), grads = grad_fn(state.params, state.model_state, x0, index, key)
-        metrics = jax.tree.map(jnp.mean, terms)
+
+        def grads_and_metrics(x0, index):
+            grads, terms = jax.grad(loss_fn, has_aux=True)(state.params, state.model_state, x0, index, key)
+            return grads, jax.tree.map(jnp.mean, terms)
+
+        grads, metrics = _mean_over_parts(grads_and_metrics, num_microbatches, x0, index)
         if axis_name:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         metrics["grad_norm"] = optax.tree.norm(grads)

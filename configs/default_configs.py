@@ -23,6 +23,7 @@ def get_default_configs() -> ConfigDict:
     training.importance_weighting = False  # draws t uniform in log-SNR; with likelihood_weighting only
     training.smallest_time = 1e-5
     training.batch_size = 128
+    training.num_microbatches = 1  # parts of a device's batch, one after another, for less memory; same gradients
     training.n_iters = 1_000_001
     training.n_jitted_steps = 1
     training.log_freq = 100
@@ -88,6 +89,8 @@ def get_default_configs() -> ConfigDict:
     model.dropout = 0.1
     model.scale_by_sigma = True
     model.data_init = False
+    model.remat = False  # residual blocks computed again in reverse mode: less memory, more time
+    model.dtype = "float32"  # float32 | bfloat16: the feature maps; parameters and losses stay float32
     model.num_layers = 3  # hidden layers of the MLP, each model.nf wide
     model.sigma_data = 0.5  # standard deviation of the data, scales the MLP's input
 

@@ -47,6 +47,8 @@ def _ncsnpp(config: Any) -> NCSNpp:
         init_scale=float(model.init_scale),
         conv_size=model.conv_size,
         scale_by_sigma=model.scale_by_sigma,
+        remat=model.remat,
+        dtype=model.dtype.lower(),
     )
 
 

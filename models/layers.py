@@ -3,13 +3,16 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from errors import UserError
+from models.convolution import conv2d
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "elu": nn.elu,
@@ -31,14 +34,31 @@ def default_init(scale: float = 1.0) -> Callable:
     return jax.nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
+def in_dtype_of(x: Array, *params: Any, dtype: Any = None) -> list[Any]:
+    """x and parameters (None stays) in one type for computing: bfloat16 if x is, else the wider one. For flax layers."""
+    return promote_dtype(x, *params, dtype=jnp.bfloat16 if x.dtype == jnp.bfloat16 else dtype)
+
+
+def _conv_of_flax(x, weight, strides, padding, **_) -> Array:
+    return conv2d(x, weight, strides[0], padding=padding)
+
+
 def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0) -> nn.Conv:
     """Convolution [B, H, W, C] -> [B, H / stride, W / stride, features] with bias. Call it inside a compact method."""
-    return nn.Conv(features, (size, size), (stride, stride), padding="SAME", kernel_init=default_init(init_scale))
+    return nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        padding="SAME",
+        kernel_init=default_init(init_scale),
+        promote_dtype=in_dtype_of,
+        conv_general_dilated=_conv_of_flax,
+    )
 
 
 def dense(features: int, init_scale: float = 1.0) -> nn.Dense:
     """Affine map of the last axis. Call it inside a compact method."""
-    return nn.Dense(features, kernel_init=default_init(init_scale))
+    return nn.Dense(features, kernel_init=default_init(init_scale), promote_dtype=in_dtype_of)
 
 
 class NIN(nn.Module):
@@ -50,7 +70,8 @@ class NIN(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*shape C"]) -> Float[Array, "*shape O"]:
         weight = self.param("W", default_init(self.init_scale), (x.shape[-1], self.features))
-        return x @ weight + self.param("b", jax.nn.initializers.zeros, (self.features,))
+        x, weight, bias = in_dtype_of(x, weight, self.param("b", jax.nn.initializers.zeros, (self.features,)))
+        return x @ weight + bias
 
 
 def get_timestep_embedding(t: Float[Array, "B"], dim: int, max_period: float = 10000.0) -> Float[Array, "B dim"]:

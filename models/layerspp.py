@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from models import up_or_down_sampling as resampling
 from models.layers import NIN, conv, default_init, dense
-from models.normalization import group_norm
+from models.normalization import normalize
 
 Image = Float[Array, "B H W C"]
 Resized = Float[Array, "B H2 W2 C2"]
@@ -63,7 +63,7 @@ class AttnBlockpp(nn.Module):
     @nn.compact
     def __call__(self, x: Image) -> Image:
         batch, height, width, channels = x.shape
-        h = group_norm(channels)(x).reshape(batch, height * width, channels)
+        h = normalize(x).reshape(batch, height * width, channels)
         q, k, v = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
         attention = jax.nn.softmax(jnp.einsum("bic,bjc->bij", q, k) / math.sqrt(channels), axis=-1)
         h = NIN(channels, init_scale=self.init_scale)(jnp.einsum("bij,bjc->bic", attention, v))
@@ -129,10 +129,10 @@ class ResnetBlockDDPMpp(nn.Module):
     @nn.compact
     def __call__(self, x: Image, temb: TimeEmbedding | None, train: bool = False) -> Float[Array, "B H W _"]:
         features = self.features or x.shape[-1]
-        h = conv(features, self.conv_size)(self.act(group_norm(x.shape[-1])(x)))
+        h = conv(features, self.conv_size)(self.act(normalize(x)))
         if temb is not None:
-            h += dense(features)(self.act(temb))[:, None, None, :]
-        h = self.act(group_norm(features)(h))
+            h += dense(features)(self.act(temb))[:, None, None, :].astype(h.dtype)
+        h = self.act(normalize(h))
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
         h = conv(features, self.conv_size, init_scale=self.init_scale)(h)
         if x.shape[-1] != features:
@@ -160,14 +160,14 @@ class ResnetBlockBigGANpp(nn.Module):
     @nn.compact
     def __call__(self, x: Image, temb: TimeEmbedding | None, train: bool = False) -> Resized:
         channels, features = x.shape[-1], self.features or x.shape[-1]
-        h = self.act(group_norm(channels)(x))
+        h = self.act(normalize(x))
         if self.up or self.down:
             taps = self.fir_kernel if self.fir else None
             h, x = resample(h, taps, self.up), resample(x, taps, self.up)
         h = conv(features, self.conv_size)(h)
         if temb is not None:
-            h += dense(features)(self.act(temb))[:, None, None, :]
-        h = self.act(group_norm(features)(h))
+            h += dense(features)(self.act(temb))[:, None, None, :].astype(h.dtype)
+        h = self.act(normalize(h))
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
         h = conv(features, self.conv_size, init_scale=self.init_scale)(h)
         if channels != features or self.up or self.down:

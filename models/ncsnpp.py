@@ -23,7 +23,7 @@ from models.layerspp import (
     Upsample,
     add_skip,
 )
-from models.normalization import group_norm
+from models.normalization import normalize
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "nonlinearity": tuple(ACTIVATIONS),
@@ -33,9 +33,18 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "progressive_combine": ("sum", "cat"),
     "embedding_type": ("fourier", "positional"),
     "conditioning": ("sigma", "scaled_time"),
+    "dtype": ("float32", "bfloat16"),
 }
 
 Image = Float[Array, "B H W C"]
+
+
+@functools.cache
+def _rematted(block: type[nn.Module]) -> type[nn.Module]:
+    """`block` under `nn.remat`, of the same name so that the parameter paths stay."""
+    rematted = nn.remat(block, static_argnums=(3,))  # (self, x, temb, train)
+    rematted.__name__ = block.__name__
+    return rematted
 
 
 class NCSNpp(nn.Module):
@@ -43,6 +52,8 @@ class NCSNpp(nn.Module):
 
     The fields are the keys of `config.model` and `config.data`, but for `conditioning`, which says what the time
     condition is: "sigma", and the output is the score; "scaled_time" (999 t), and -output / sigma is the score.
+    `dtype` "bfloat16": feature maps and products with weights in bfloat16; parameters, time embedding, statistics of
+    normalisations and output in float32. `remat`: a residual block's inner maps are computed again in reverse mode.
     Raises UserError for an unknown option, options that exclude each other, or an image size that cannot be halved.
     """
 
@@ -69,6 +80,8 @@ class NCSNpp(nn.Module):
     init_scale: float
     conv_size: int
     scale_by_sigma: bool
+    remat: bool = False
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for field, allowed in OPTIONS.items():
@@ -97,6 +110,7 @@ class NCSNpp(nn.Module):
             )
         temb = self._embed(time_cond)
         h = x if self.centered else 2 * x - 1
+        h = h.astype(jnp.bfloat16) if self.dtype == "bfloat16" else h
         skips = self._encode(h, temb, train)
 
         resnet, attention = self._parts()
@@ -104,7 +118,7 @@ class NCSNpp(nn.Module):
         h = attention()(h)
         h = resnet()(h, temb, train)
 
-        h = self._decode(h, skips, x.shape[-1], temb, train)
+        h = self._decode(h, skips, x.shape[-1], temb, train).astype(x.dtype)
         return h / time_cond[:, None, None, None] if self.scale_by_sigma else h
 
     def _embed(self, time_cond: Float[Array, "B"]) -> Float[Array, "B E"] | None:
@@ -130,9 +144,10 @@ class NCSNpp(nn.Module):
             conv_size=self.conv_size,
         )
         if self.resblock_type == "biggan":
-            resnet = functools.partial(ResnetBlockBigGANpp, fir=self.fir, fir_kernel=self.fir_kernel, **options)
+            resnet, resampling = ResnetBlockBigGANpp, dict(fir=self.fir, fir_kernel=self.fir_kernel)
         else:
-            resnet = functools.partial(ResnetBlockDDPMpp, **options)
+            resnet, resampling = ResnetBlockDDPMpp, {}
+        resnet = functools.partial(_rematted(resnet) if self.remat else resnet, **options, **resampling)
         return resnet, functools.partial(AttnBlockpp, self.skip_rescale, self.init_scale)
 
     def _resampler(self, cls: Any, with_conv: bool, features: int | None = None) -> Any:
@@ -195,5 +210,5 @@ class NCSNpp(nn.Module):
         return self._head(h, channels, self.init_scale)
 
     def _head(self, h: Image, features: int, init_scale: float) -> Array:
-        h = get_activation(self.nonlinearity)(group_norm(h.shape[-1])(h))
+        h = get_activation(self.nonlinearity)(normalize(h))
         return conv(features, self.conv_size, init_scale=init_scale)(h)

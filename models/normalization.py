@@ -1,6 +1,7 @@
 """Normalisation of feature maps."""
 
 import flax.linen as nn
+from jaxtyping import Array, Float
 
 from errors import UserError
 
@@ -17,3 +18,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
             "let model.nf * model.ch_mult be multiples of 4 up to 128 and of 32 above"
         )
     return nn.GroupNorm(num_groups=num_groups)
+
+
+def normalize(x: Float[Array, "*shape C"]) -> Float[Array, "*shape C"]:
+    """`group_norm` of x, in x's type, computed in float32 even if that is bfloat16. Call it inside a compact method."""
+    return group_norm(x.shape[-1])(x).astype(x.dtype)

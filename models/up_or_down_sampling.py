@@ -8,7 +8,6 @@ which is then computed again for every tap.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+from models.convolution import conv2d
+from models.layers import in_dtype_of
 
 Image = Float[Array, "B H W C"]
 Resampled = Float[Array, "B H2 W2 C2"]
@@ -80,25 +82,12 @@ def naive_downsample_2d(x: Image, factor: int = 2) -> Resampled:
     return x.reshape(batch, height // factor, factor, width // factor, factor, channels).mean(axis=(2, 4))
 
 
-def _conv(
-    x: Image, weight: Float[Array, "k k C O"], stride: int = 1, dilation: int = 1, padding: Any = "VALID"
-) -> Array:
-    return lax.conv_general_dilated(
-        x,
-        weight,
-        (stride, stride),
-        padding,
-        lhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
 def upsample_conv_2d(x: Image, weight: Float[Array, "k k C O"], taps: Taps | None = None, factor: int = 2) -> Resampled:
     """Transposed convolution of stride `factor`, then the upsampling filter: [B, factor H, factor W, O]."""
     taps = _normalised(taps, factor, factor)
     size = weight.shape[0]
     edge = (size - 1, max(size, factor) - 1)
-    x = _conv(x, weight, dilation=factor, padding=(edge, edge))
+    x = conv2d(x, weight, dilation=factor, padding=(edge, edge))
     excess = len(taps) - factor - (size - 1)
     pad = ((excess + 1) // 2 + factor - 1, excess // 2 + 1)
     return upfirdn_2d(x, taps, 1, 1, pad, pad)
@@ -111,7 +100,7 @@ def conv_downsample_2d(
     taps = _normalised(taps, factor, 1)
     excess = len(taps) - factor + weight.shape[0] - 1
     pad = ((excess + 1) // 2, excess // 2)
-    return _conv(upfirdn_2d(x, taps, 1, 1, pad, pad), weight, stride=factor)
+    return conv2d(upfirdn_2d(x, taps, 1, 1, pad, pad), weight, stride=factor, padding="VALID")
 
 
 class Conv2d(nn.Module):
@@ -127,10 +116,12 @@ class Conv2d(nn.Module):
     @nn.compact
     def __call__(self, x: Image) -> Resampled:
         weight = self.param("weight", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+        bias = self.param("bias", jax.nn.initializers.zeros, (self.features,))
+        x, weight, bias = in_dtype_of(x, weight, bias)
         if self.up:
             x = upsample_conv_2d(x, weight, self.taps)
         elif self.down:
             x = conv_downsample_2d(x, weight, self.taps)
         else:
-            x = _conv(x, weight, padding="SAME")
-        return x + self.param("bias", jax.nn.initializers.zeros, (self.features,))
+            x = conv2d(x, weight)
+        return x + bias

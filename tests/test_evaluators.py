@@ -18,7 +18,7 @@ from evaluators import EVALUATORS
 from evaluators.context import Context, per_example, split
 from evaluators.dequantized import uniform
 from parts import Parts, replicate
-from tests.test_run import tiny_digits
+from tests.tiny import tiny_digits
 
 STD = np.array([0.3, 0.8, 1.5])
 

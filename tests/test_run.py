@@ -14,21 +14,11 @@ import checkpoints
 import datasets
 import run_lib
 from configs.check import check_config
-from configs.default_digits_configs import get_digits_configs
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
+from tests.tiny import tiny_digits
 
 ROOT = Path(__file__).parent.parent
-
-
-def tiny_digits(**training):
-    config = get_digits_configs()
-    config.training.update(sde="vesde", batch_size=8, n_iters=6, log_freq=2, eval_freq=3, snapshot_freq=3)
-    config.training.update(snapshot_freq_for_preemption=2, snapshot_sampling=False, **training)
-    config.model.update(nf=8, ch_mult=(1,), attn_resolutions=(), dropout=0.1, sigma_max=5.0)
-    config.eval.update(batch_size=8, num_examples=20, num_samples=4, rtol=1e-2, atol=1e-2, begin_ckpt=0, end_ckpt=0)
-    config.sampling.update(rtol=1e-1, atol=1e-1)
-    return config
 
 
 class InterruptedRunError(Exception):

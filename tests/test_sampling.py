@@ -1,11 +1,15 @@
 """The samplers on Gaussian data, whose exact score is known and whose flow map is affine, and the factory."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.default_configs import get_default_configs
+from diagnostics import gaussian_mixture_score
 from errors import UserError
 from likelihood import ode_log_likelihood
 from sampling import get_sampling_fn, ode_sampler
@@ -140,3 +144,115 @@ def test_predictor_corrector_moments(name, predictor, corrector, flow):
     np.testing.assert_allclose((x.mean(axis=0) - MU) / STD, 0, atol=error + 0.05)
     np.testing.assert_allclose(x.std(axis=0) / STD, 1, atol=error / np.sqrt(2) + 0.05)
     assert nfe[0] == 1000 * ((predictor != "none") + (corrector != "none"))
+
+
+DATA_MEAN, DATA_STD, SNR = 0.4, 0.5, 0.16
+PREDICTORS = [  # name, probability flow
+    ("euler_maruyama", False),
+    ("reverse_diffusion", False),
+    ("ancestral_sampling", False),
+    ("euler_maruyama", True),
+    ("reverse_diffusion", True),
+    ("none", False),
+]
+COMBINATIONS = [
+    (name, predictor, corrector, flow)
+    for name in SDES
+    for predictor, flow in PREDICTORS
+    for corrector in ("none", "langevin", "ald")
+    if (predictor, corrector) != ("none", "none") and (name, predictor) != ("subvp", "ancestral_sampling")
+]
+
+
+def process(name, t):
+    """alpha, sigma, f and g^2 at t of each process, as its paper writes them."""
+    beta, integral = 0.1 + 19.9 * t, 0.1 * t + 9.95 * t**2
+    if name == "vp":
+        return math.exp(-integral / 2), math.sqrt(-math.expm1(-integral)), -beta / 2, beta
+    if name == "subvp":
+        return math.exp(-integral / 2), -math.expm1(-integral), -beta / 2, -beta * math.expm1(-2 * integral)
+    if name == "ve":
+        sigma = 0.01 * 5000**t
+        return 1.0, sigma, 0.0, 2 * sigma**2 * math.log(5000)
+    return 1.0, 50 * t, 0.0, 5000 * t
+
+
+def predictor_step(name, predictor, flow, t, N):
+    """A, B, C^2 of the step x -> A x + B score + C z (Song et al. 2021, appendices D, E and F)."""
+    _, _, f, g_sq = process(name, t)
+    i = int(t * (N - 1) + 1e-9)
+    beta = (0.1 + 19.9 * i / (N - 1)) / N
+    levels = np.linspace(0.01, 50, N) if name == "linearve" else np.geomspace(0.01, 50, N)
+    sigma_sq, previous_sq = levels[i] ** 2, levels[i - 1] ** 2 if i else 0.0
+    if predictor == "ancestral_sampling" and name == "vp":
+        return (1 - beta) ** -0.5, beta * (1 - beta) ** -0.5, beta
+    if predictor == "ancestral_sampling":
+        return 1.0, sigma_sq - previous_sq, previous_sq * (1 - previous_sq / sigma_sq)
+    A, B = 1 - f / N, g_sq / N
+    if predictor == "reverse_diffusion" and name == "vp":
+        A, B = 2 - math.sqrt(1 - beta), beta
+    if predictor == "reverse_diffusion" and name == "ve":
+        A, B = 1.0, sigma_sq - previous_sq
+    return (A, B / 2, 0.0) if flow else (A, B, B)
+
+
+def gaussian_chain(name, predictor, corrector, flow, N, n_steps=1):
+    """The sampler's chain on N(DATA_MEAN, DATA_STD^2): x stays Gaussian, with moments that follow a recursion.
+
+    The norms that set Langevin's step stand at their expectations, which the means over a large batch are close to.
+
+    Returns:
+        Mean of x, its standard deviation, and the standard deviation without the noise of the last update.
+    """
+    mean, var, var_denoised = 0.0, 2500.0 if name.endswith("ve") else 1.0, None
+    for t in np.linspace(1, EPS, N):
+        alpha, sigma, _, _ = process(name, t)
+        mean_t, var_t = alpha * DATA_MEAN, (alpha * DATA_STD) ** 2 + sigma**2
+        correctors = n_steps * (corrector != "none")
+        for step in ["corrector"] * correctors + ["predictor"] * (predictor != "none"):
+            if step == "predictor":
+                A, B, C_sq = predictor_step(name, predictor, flow, t, N)
+            else:
+                scale = 2 * SNR**2 * (1 - (0.1 + 19.9 * int(t * (N - 1) + 1e-9) / (N - 1)) / N if "vp" in name else 1)
+                if corrector == "ald":
+                    B = scale * sigma**2
+                else:
+                    score_norm = foldnorm_mean((mean - mean_t) / var_t, math.sqrt(var) / var_t)
+                    B = scale * (math.sqrt(2 / math.pi) / score_norm) ** 2
+                A, C_sq = 1.0, 2 * B
+            mean, var_denoised = (A - B / var_t) * mean + B * mean_t / var_t, (A - B / var_t) ** 2 * var
+            var = var_denoised + C_sq
+    return mean, math.sqrt(var), math.sqrt(var_denoised)
+
+
+def foldnorm_mean(mean, std):
+    """E|x| of x ~ N(mean, std^2)."""
+    return std * math.sqrt(2 / math.pi) * math.exp(-0.5 * (mean / std) ** 2) + mean * math.erf(mean / std / 2**0.5)
+
+
+def draw(name, predictor, corrector, flow, score_fn_of, *, N, n, denoise, n_steps=1):
+    """n samples [n] of one number, through the factory."""
+    config, sde = get_default_configs().sampling, dataclasses.replace(SDES[name], N=N)
+    config.update(method="pc", predictor=predictor, corrector=corrector, probability_flow=flow, snr=SNR)
+    config.update(noise_removal=denoise, n_steps_each=n_steps, smallest_time=EPS)
+    sample = get_sampling_fn(config, sde, (1,), lambda x: x)
+    keys = jax.random.split(jax.random.key(0), n)
+    x, nfe = jax.jit(lambda keys: sample(score_fn_of(sde), keys))(keys)
+    assert np.all(nfe == N * ((predictor != "none") + n_steps * (corrector != "none")))
+    return np.asarray(x, np.float64)[:, 0]
+
+
+def one_gaussian(sde):
+    return gaussian_mixture_score(sde, np.ones(1), np.full((1, 1), DATA_MEAN), np.full((1, 1), DATA_STD**2))
+
+
+@pytest.mark.parametrize("denoise", [False, True])
+@pytest.mark.parametrize(("name", "predictor", "corrector", "flow"), COMBINATIONS)
+def test_gaussian_samples_have_the_moments_of_the_chain(name, predictor, corrector, flow, denoise):
+    """Within 4.5 sampling errors and no bias: the few steps' discretisation error is in the expected moments."""
+    n, N = 4000, 100
+    x = draw(name, predictor, corrector, flow, one_gaussian, N=N, n=n, denoise=denoise)
+    mean, std, std_denoised = gaussian_chain(name, predictor, corrector, flow, N)
+    expected = std_denoised if denoise else std
+    np.testing.assert_allclose(x.mean(), mean, atol=4.5 * expected / np.sqrt(n))
+    np.testing.assert_allclose(x.std() / expected, 1, atol=4.5 / np.sqrt(2 * n))

@@ -52,9 +52,7 @@ def init_params(
     """
     # Optimising a program that runs once would take longer than it saves (see `models.init_params`).
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    if any(
-        isinstance(x, jax.core.Tracer) for x in (key, image, u)
-    ):  # inside another jit or eval_shape, which has its own options
+    if isinstance(image, jax.core.Tracer):  # inside another jit or eval_shape, which has its own options
         init = model.init
     variables: Any = init({"params": key}, u, image)
     return variables["params"]

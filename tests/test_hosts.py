@@ -1,0 +1,140 @@
+"""Two real processes on 127.0.0.1 as two hosts, and several devices in one, against one process with one device."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+import checkpoints
+from tests.test_interruptions import ROOT, command, finish, wait_until
+
+TRAIN = {"training.n_iters": 8, "training.snapshot_freq": 4, "training.snapshot_freq_for_preemption": 4}
+TRAIN |= {"training.log_freq": 2, "training.eval_freq": 4, "training.score_matching_order": 2}
+EVAL = {"eval.enable_loss": True, "eval.num_repeats": 2, "eval.num_samples": 20}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment(devices):
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def start_two(mode, workdir, devices=1, **overrides):
+    flags = [f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    return [
+        subprocess.Popen(
+            [*command(mode, workdir, **overrides), *flags, f"--process_id={k}"],
+            cwd=ROOT,
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for k in range(2)
+    ]
+
+
+def finish_two(*args, **overrides):
+    processes = start_two(*args, **overrides)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], "\n---\n".join(o[-2000:] for o in outputs)
+    return outputs
+
+
+def assert_close_states(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6), a, b)
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("single") / "run"
+    finish("train", workdir, **TRAIN)
+    return workdir
+
+
+def assert_same_training(workdir, single):
+    assert checkpoints.all_numbers(workdir / "checkpoints") == checkpoints.all_numbers(single / "checkpoints") == [1, 2]
+    one, other = (checkpoints.restore(run / "checkpoints/checkpoint_2") for run in (workdir, single))
+    assert_close_states(one.state, other.state)
+    assert one.record["loader"] == other.record["loader"]
+    for a, b in zip(metrics(workdir), metrics(single), strict=True):
+        assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
+        np.testing.assert_allclose([a[k] for k in ("loss", "first")], [b[k] for k in ("loss", "first")], rtol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_of_one_host(tmp_path, single, devices):
+    """Dropout, data order, times, noise and probes are functions of the example, not of the device."""
+    workdir = tmp_path / "run"
+    done = subprocess.run(
+        command("train", workdir, **TRAIN), cwd=ROOT, env=environment(devices), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_training(workdir, single)
+
+
+def test_two_hosts_train_resume_and_evaluate(tmp_path, single):
+    workdir = tmp_path / "run"
+    half = {**TRAIN, "training.n_iters": 4}
+    outputs = finish_two("train", workdir, 2, **half)
+    assert checkpoints.all_numbers(workdir / "checkpoints-meta") == [4]
+    finish_two("train", workdir, 2, **TRAIN)
+    assert_same_training(workdir, single)
+    assert "batch 8 on 4 cpu device(s) of 2 host(s)" in outputs[0]
+
+    finish("eval", single, **EVAL)
+    os.rename(workdir / "checkpoints", workdir / "own")
+    os.symlink(single / "checkpoints", workdir / "checkpoints")  # the same parameters to the last bit
+    outputs = finish_two("eval", workdir, **EVAL)
+    assert "Negative log-likelihood" in outputs[0] and "Negative log-likelihood" not in outputs[1]
+    reports = [json.loads((run / "eval/report_2.json").read_text()) for run in (workdir, single)]
+    assert reports[0] == reports[1]
+    for name in ("bpd_2", "samples_2"):
+        one, other = (np.load(run / "eval" / f"{name}.npz") for run in (workdir, single))
+        for key in one.files:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_a_signal_to_one_host_stops_both_after_the_same_step(tmp_path):
+    workdir = tmp_path / "run"
+    long = {**TRAIN, "training.n_iters": 100_000, "training.snapshot_freq": 100_000}
+    long |= {"training.snapshot_freq_for_preemption": 100_000, "training.score_matching_order": 1}
+    processes = start_two("train", workdir, 1, **long)
+    assert wait_until(lambda: (workdir / "metrics.jsonl").exists() and len(metrics(workdir)) > 4, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], "\n---\n".join(o[-2000:] for o in outputs)
+    (step,) = checkpoints.all_numbers(workdir / "checkpoints-meta")
+    assert f"stopped by a signal to another host after step {step}" in outputs[0]
+    assert f"stopped by SIGTERM after step {step}" in outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--num_processes=2"], "--coordinator_address and --process_id missing"),
+        (
+            ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2 must be in 0 ..",
+        ),
+    ],
+)
+def test_wrong_flags(tmp_path, flags, complaint):
+    done = subprocess.run(
+        [*command("train", tmp_path / "run"), *flags], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1 and complaint in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
