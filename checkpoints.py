@@ -64,17 +64,24 @@ def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] 
         state: any pytree that flax can turn into a state dict, e.g. a `TrainState` on one device.
         record: goes into the checkpoint as JSON.
         keep: how many of the newest checkpoints stay in the folder after a successful write; 0: all.
+    Raises:
+        UserError: the disk is full, or the folder cannot be written. What was there before stays.
     """
     path = Path(directory).absolute() / f"checkpoint_{number}"
     arrays = {k: np.asarray(v) for k, v in _flat(jax.device_get(state)).items()}
     if path.is_file():  # of the public code: nobody's download is overwritten
         path.replace(path.with_name(f"{path.name}.legacy"))
-    with _checkpointer() as checkpointer:
-        checkpointer.save(
-            path,
-            ocp.args.Composite(state=ocp.args.PyTreeSave(_nested(arrays)), record=ocp.args.JsonSave(record or {})),
-            force=True,
-        )
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nested(arrays)), record=ocp.args.JsonSave(record or {}))
+    try:
+        for abandoned in path.parent.glob("checkpoint_*.orbax-checkpoint-tmp*"):  # by a run that was killed
+            shutil.rmtree(abandoned)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path, items, force=True)
+    except (OSError, ValueError) as error:  # tensorstore tells of a full disk by a ValueError
+        raise UserError(
+            f"checkpoint {path} cannot be written ({str(error).splitlines()[0][-200:]}); the ones before it are whole. "
+            "Make room, or the folder writable, and run again"
+        ) from error
     for old in all_numbers(directory)[:-keep] if keep else []:
         outdated = Path(directory) / f"checkpoint_{old}"
         if outdated.is_dir():

@@ -27,6 +27,8 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
         raise UserError(f"--process_id={process_id} must be in 0 .. --num_processes - 1 = {num_processes - 1}")
     if num_processes == 1:
         return
+    # On the CPU two programs of one process may otherwise run at once, and their sums over the hosts meet the wrong ones.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id, initialization_timeout=120)
     except (RuntimeError, ValueError) as error:

@@ -3,6 +3,7 @@
 python main.py --config configs/toy/mog_ve.py --workdir runs/mog --mode train --config.training.score_matching_order=2
 """
 
+import errno
 import logging as std_logging
 import os
 import sys
@@ -110,6 +111,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise UserError(" ".join(str(error).split())) from error
 
 
+_FAULTS_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+
+
 def one_line(fn):
     """Ends the program with one line and exit code 1 where the input is at fault; other errors keep their traceback."""
 
@@ -118,6 +122,13 @@ def one_line(fn):
             return fn(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except OSError as error:
+            if error.errno not in _FAULTS_OF_THE_DISK:
+                raise
+            where = f"{error.filename} " if error.filename else "a file of the run "
+            sys.exit(
+                f"error: {where}cannot be written: {error.strerror}; make room or the folder writable, and run again"
+            )
 
     return wrapped
 

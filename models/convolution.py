@@ -17,11 +17,9 @@ from jaxtyping import Array, Float
 
 Image = Float[Array, "B H W C"]
 Weight = Float[Array, "k k C O"]
-Padding = tuple[tuple[int, int], tuple[int, int]]
-_AXES = ("NHWC", "HWIO", "NHWC")
 
 
-def conv2d(x: Image, weight: Weight, stride: int = 1, dilation: int = 1, padding: str | Padding = "SAME") -> Array:
+def conv2d(x: Image, weight: Weight, stride: int = 1, dilation: int = 1, padding: Any = "SAME") -> Array:
     """sum_k x[stride o + k] weight[k], with dilation - 1 zeros between the pixels of x: [B, H, W, C] -> [B, H2, W2, O].
 
     `padding`: "SAME", "VALID" or (low, high) of each axis. Derivatives of any order, in forward and reverse mode.
@@ -35,8 +33,8 @@ def conv2d(x: Image, weight: Weight, stride: int = 1, dilation: int = 1, padding
 
 
 def _convolve(x, weight, stride, dilation, padding, rhs_dilation: int = 1) -> Array:
-    pairs = dict(window_strides=(stride,) * 2, lhs_dilation=(dilation,) * 2, rhs_dilation=(rhs_dilation,) * 2)
-    return lax.conv_general_dilated(x, weight, padding=padding, dimension_numbers=_AXES, **pairs)
+    strides, dilations, rhs_dilations = (stride,) * 2, (dilation,) * 2, (rhs_dilation,) * 2
+    return lax.conv_general_dilated(x, weight, strides, padding, dilations, rhs_dilations, ("NHWC", "HWIO", "NHWC"))
 
 
 def _transpose_x(g, x, weight, *, stride, dilation, padding):
@@ -46,7 +44,7 @@ def _transpose_x(g, x, weight, *, stride, dilation, padding):
         start = k - 1 - low
         pads.append((start, (size - 1) * dilation + k - ((out - 1) * stride + 1) - start))
     mirrored = lax.optimization_barrier(weight[::-1, ::-1].swapaxes(2, 3))
-    return conv2d(g, mirrored, stride=dilation, dilation=stride, padding=(pads[0], pads[1]))
+    return conv2d(g, mirrored, stride=dilation, dilation=stride, padding=pads)
 
 
 def _transpose_weight(g, x, weight, *, stride, dilation, padding):

@@ -34,9 +34,12 @@ def default_init(scale: float = 1.0) -> Callable:
     return jax.nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
-def in_dtype_of(x: Array, *params: Any, dtype: Any = None) -> list[Any]:
-    """x and parameters (None stays) in one type for computing: bfloat16 if x is, else the wider one. For flax layers."""
-    return promote_dtype(x, *params, dtype=jnp.bfloat16 if x.dtype == jnp.bfloat16 else dtype)
+def in_dtype_of(x: Array, *params: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
+    """x and parameters (None stays) in the type to compute in: bfloat16 if x is, else the wider one."""
+    return promote_dtype(x, *params, dtype=jnp.bfloat16 if x.dtype == jnp.bfloat16 else dtype, inexact=inexact)
+
+
+_PROMOTE: Any = in_dtype_of  # flax declares another signature than the one it calls
 
 
 def _conv_of_flax(x, weight, strides, padding, **_) -> Array:
@@ -51,14 +54,14 @@ def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0)
         (stride, stride),
         padding="SAME",
         kernel_init=default_init(init_scale),
-        promote_dtype=in_dtype_of,
+        promote_dtype=_PROMOTE,
         conv_general_dilated=_conv_of_flax,
     )
 
 
 def dense(features: int, init_scale: float = 1.0) -> nn.Dense:
     """Affine map of the last axis. Call it inside a compact method."""
-    return nn.Dense(features, kernel_init=default_init(init_scale), promote_dtype=in_dtype_of)
+    return nn.Dense(features, kernel_init=default_init(init_scale), promote_dtype=_PROMOTE)
 
 
 class NIN(nn.Module):
