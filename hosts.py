@@ -1,6 +1,7 @@
 """Several hosts as one run, by `jax.distributed`."""
 
 import os
+import sys
 
 import jax
 
@@ -27,7 +28,7 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
         raise UserError(f"--process_id={process_id} must be in 0 .. --num_processes - 1 = {num_processes - 1}")
     if num_processes == 1:
         return
-    # On the CPU two programs of one process may otherwise run at once, and their sums over the hosts meet the wrong ones.
+    # Else two programs of a process may run at once on the CPU, and their sums over the hosts meet the wrong partners.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id, initialization_timeout=120)
@@ -35,6 +36,13 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
         reason = str(error).splitlines()[0]
         where = coordinator_address or "the scheduler's coordinator"
         raise UserError(f"the other hosts of this run cannot be reached through {where}: {reason}") from error
+
+
+def abandon(message: str) -> None:
+    """Ends this process at once if it is one of several: the others would wait for it in vain, so must see it die."""
+    if jax.distributed.is_initialized():
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _scheduled() -> bool:

@@ -7,6 +7,7 @@ import errno
 import logging as std_logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here; its start-up notes help nobody
@@ -38,11 +39,11 @@ flags.DEFINE_string("compilation_cache", "~/.cache/mle_score_ode", "Folder of co
 flags.mark_flags_as_required(["config", "mode"])
 
 
-def set_up_logging(workdir: Path) -> None:
-    """Progress to the console and, appended, to `workdir/stdout.txt`."""
+def set_up_logging(workdir: Path, to_file: bool) -> None:
+    """Progress to the console and, of the first host, appended to `workdir/stdout.txt`."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = std_logging.FileHandler(workdir / "stdout.txt")
+        file = std_logging.FileHandler(workdir / "stdout.txt") if to_file else std_logging.NullHandler()
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
     file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(FLAGS.workdir)
     if FLAGS.mode != "train" and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} does not exist; --mode {FLAGS.mode} needs the workdir of a training run")
-    set_up_logging(workdir)
+    set_up_logging(workdir, jax.process_index() == 0)
     import run_lib  # late: a wrong flag should not wait for the libraries
 
     if FLAGS.mode == "train":
@@ -121,14 +122,20 @@ def one_line(fn):
         try:
             return fn(argv)
         except UserError as error:
-            sys.exit(f"error: {error}")
+            line = f"error: {error}"
         except OSError as error:
             if error.errno not in _FAULTS_OF_THE_DISK:
+                hosts.abandon(traceback.format_exc())
                 raise
-            where = f"{error.filename} " if error.filename else "a file of the run "
-            sys.exit(
-                f"error: {where}cannot be written: {error.strerror}; make room or the folder writable, and run again"
+            where = error.filename or "a file of the run"
+            line = (
+                f"error: {where} cannot be written: {error.strerror}; make room or the folder writable, and run again"
             )
+        except Exception:
+            hosts.abandon(traceback.format_exc())
+            raise
+        hosts.abandon(line)
+        sys.exit(line)
 
     return wrapped
 
