@@ -17,10 +17,9 @@ from errors import UserError
 def workdir_lock(workdir: Path):
     """Holds `workdir/.lock` against other processes; the operating system lets go of it however this one ends.
 
-    Of several hosts the first holds it. UserError if another run has it, or if the folder cannot be written. Remote
-    folders (gs://) have no locks: two runs there are the user's to avoid.
+    Of several hosts the first holds it. UserError if another run has it, or if the folder cannot be written.
     """
-    if jax.process_index() != 0 or "://" in str(workdir):
+    if jax.process_index() != 0:
         yield
         return
     try:

@@ -81,6 +81,8 @@ def main(argv: list[str]) -> None:
         return
     if FLAGS.workdir is None:
         raise UserError(f"--mode {FLAGS.mode} needs --workdir, the folder of the run")
+    if "://" in FLAGS.workdir:
+        raise UserError(f"--workdir {FLAGS.workdir} is remote; mount the bucket (gcsfuse, s3fs) and give its folder")
     workdir = Path(FLAGS.workdir)
     if FLAGS.mode != "train" and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} does not exist; --mode {FLAGS.mode} needs the workdir of a training run")

@@ -89,26 +89,111 @@ def rk45(
         y(t1) in the structure of y0, and Stats with nfe = 2 + 6 (accepted + rejected). A failed example (status not 0)
         is NaN throughout, so that it cannot be taken for a result. Nothing is raised here: see `raise_on_failure`.
     """
-    unravel = jax.vmap(ravel_pytree(jax.tree.map(lambda leaf: leaf[0], y0))[1])
-    y = jax.vmap(_ravel)(y0)  # [B, n]
-    t, t1 = (jnp.broadcast_to(jnp.asarray(time, y.dtype), y.shape[:1]) for time in (t0, t1))
+    y, t, t1, unravel = _flat(y0, t0, t1)
 
     def flow(t, y):
         return jax.vmap(_ravel)(fun(t, unravel(y)))
 
     def running(loop):
-        return (loop.status == SUCCESS) & (loop.t != t1) & (loop.accepted + loop.rejected < max_steps)
+        return _running(loop, t1, max_steps)
 
+    end = jax.lax.while_loop(
+        lambda loop: jnp.any(running(loop)),
+        lambda loop: _trial(flow, loop, running(loop), t1, rtol, atol),
+        _start(flow, t, y, t1, rtol, atol),
+    )
+    return _result(end, t1, unravel)
+
+
+def rk45_queue(
+    fun: Callable[[Float[Array, "W"], Any, Any], Any],
+    y0: Any,
+    t0: ArrayLike,
+    t1: ArrayLike,
+    data: Any,
+    *,
+    lanes: int,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 20_000,
+) -> tuple[Any, Stats]:
+    """As `rk45`, with W = `lanes` examples at work at a time: one that is done makes room for the next of the B.
+
+    The steps of an example are those of `rk45`. The work is W times about the mean number of steps times B / W, where
+    `rk45` does B times the largest: a stiff example holds up one lane and not the batch.
+
+    Args:
+        fun: (t [W], y, data) -> dy/dt, all [W, ...]: the rows of the examples at work.
+        data: a pytree of arrays [B, ...], what `fun` needs of an example beside its state.
+    """
+    y, t, t1, unravel = _flat(y0, t0, t1)
+    count, lanes = len(y), min(lanes, len(y))
+
+    def flow_of(example):
+        rows = jax.tree.map(lambda leaf: leaf[example], data)
+        return lambda t, y: jax.vmap(_ravel)(fun(t, unravel(y), rows))
+
+    def begin(example):
+        return _start(flow_of(example), t[example], y[example], t1[example], rtol, atol)
+
+    def advance(queue):
+        lane, example, waiting, ends = queue
+        at_work = example < count
+        row = jnp.minimum(example, count - 1)
+        lane = _trial(flow_of(row), lane, at_work & _running(lane, t1[row], max_steps), t1[row], rtol, atol)
+        done = at_work & ~_running(lane, t1[row], max_steps)
+        # `ends` holds the start of an example until its end takes that place
+        ends = _put(ends, jnp.where(done, example, count), lane)
+        example = jnp.where(done, jnp.minimum(waiting + jnp.cumsum(done) - 1, count), example)
+        lane = _where(done, _rows(ends, jnp.minimum(example, count - 1)), lane)
+        return lane, example, jnp.minimum(waiting + jnp.sum(done), count), ends
+
+    batches = jnp.minimum(jnp.arange(-(-count // lanes) * lanes).reshape(-1, lanes), count - 1)
+    starts = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], jax.lax.map(begin, batches))
+    first = jnp.arange(lanes)
+    queue = jax.lax.while_loop(
+        lambda queue: jnp.any(queue[1] < count), advance, (_rows(starts, first), first, jnp.asarray(lanes), starts)
+    )
+    return _result(queue[3], t1, unravel)
+
+
+def _flat(y0, t0, t1):
+    """y0 as [B, n], both times as [B], and the way back from [B, n]."""
+    unravel = jax.vmap(ravel_pytree(jax.tree.map(lambda leaf: leaf[0], y0))[1])
+    y = jax.vmap(_ravel)(y0)
+    t0, t1 = (jnp.broadcast_to(jnp.asarray(time, y.dtype), y.shape[:1]) for time in (t0, t1))
+    return y, t0, t1, unravel
+
+
+def _start(flow, t, y, t1, rtol, atol) -> _Loop:
     f, h = _starting_step(flow, t, y, t1, rtol, atol)
     zero = jnp.zeros(t.shape, jnp.int32)
     status = jnp.where(_finite(y) & _finite(f), zero, BREAKDOWN)
-    start = _Loop(t, y, f, h, retry=zero > 0, accepted=zero, rejected=zero, status=status)
-    end = jax.lax.while_loop(
-        lambda loop: jnp.any(running(loop)), lambda loop: _trial(flow, loop, running(loop), t1, rtol, atol), start
-    )
+    return _Loop(t, y, f, h, retry=zero > 0, accepted=zero, rejected=zero, status=status)
+
+
+def _running(loop, t1, max_steps):
+    return (loop.status == SUCCESS) & (loop.t != t1) & (loop.accepted + loop.rejected < max_steps)
+
+
+def _result(end, t1, unravel):
     status = jnp.where((end.status == SUCCESS) & (end.t != t1), STEP_LIMIT, end.status)
     y1 = jnp.where((status == SUCCESS)[:, None], end.y, jnp.nan)
     return unravel(y1), Stats(2 + 6 * (end.accepted + end.rejected), end.accepted, end.rejected, status)
+
+
+def _rows(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _put(tree, index, rows):
+    """`tree` with those rows at `index`; an index past the end drops its row."""
+    return jax.tree.map(lambda leaf, row: leaf.at[index].set(row, mode="drop"), tree, rows)
+
+
+def _where(mask, a, b):
+    """Row by row, for trees of arrays [B, ...]."""
+    return jax.tree.map(lambda x, y: jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
 
 
 def _trial(flow, loop, running, t1, rtol, atol):

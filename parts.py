@@ -79,6 +79,12 @@ def build(config: Config) -> Parts:
     for key in ("training.batch_size", "eval.batch_size"):
         if flatten(config)[key] % devices:
             raise UserError(f"{key}={flatten(config)[key]} is not divisible by the {devices} devices of this run")
+    size, parts = config.training.batch_size, config.training.num_microbatches
+    if size // devices % parts:
+        raise UserError(
+            f"training.batch_size={size} on {devices} device(s) does not fall into "
+            f"training.num_microbatches={parts} equal parts; let that divide {size // devices}"
+        )
     return Parts(
         config,
         sde_lib.from_config(config),

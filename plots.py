@@ -116,7 +116,7 @@ def pictures(run: Run) -> Iterator[Picture]:
         if dim <= 2:
             figure, what = density_1d({"model": arrays}) if dim == 1 else density_2d(arrays)
             yield Picture("density", _png(figure), f"{what} From {run.name(path)}.")
-    if found := _newest_npz(run.eval, "bpd_*.npz"):
+    if found := _newest_npz(run.eval, "bpd_[0-9]*.npz"):
         path, arrays = found
         values, unit = (arrays["bpd"], "bits/dim") if "bpd" in arrays else (-arrays["logp"], "nats")
         caption = f"Examples, each averaged over its repeats; band: ± one standard error. From {run.name(path)}."

@@ -34,6 +34,8 @@ HEADLINES = {
     "kl": ("KL(truth || model)", "nats"),
     "model_mass": ("Integral of the model's density over the grid, ideally 1", ""),
     "nfe": ("Function evaluations of the likelihood ODE", ""),
+    "nfe_variational": ("The same, variationally dequantised", ""),
+    "nfe_train": ("The same, of training data", ""),
     "loss": ("Training loss over the test split", ""),
     "sampling": ("Samples", ""),
     "inception_score": ("Inception score of the samples", ""),

@@ -43,8 +43,8 @@ def pmapped_steps(step_fn_of, is_image: bool, frozen: Any = ()):
 
     frozen: parameters that do not change, an argument of the program because as constants they would swell it.
     """
-    # XLA on the CPU is slow at differentiating convolution kernels inside a loop: none for images there
-    # (benchmarks/unrolled_steps.py).
+    # XLA on the CPU is slow at differentiating convolution kernels inside a loop. The networks of the score step around
+    # it (models/convolution.py), those of the dequantiser do not: no loop for images there.
     scan = unrolled if jax.default_backend() == "cpu" and is_image else jax.lax.scan
 
     @functools.partial(jax.pmap, axis_name="batch", donate_argnums=0, devices=all_devices())
@@ -146,7 +146,9 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             write_json(workdir / "config.json", config.to_dict())
         loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
         plain_loss_fn = losses.get_loss_fn(training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
-        step_fn = losses.get_step_fn(loss_fn, parts.optimizer, config.model.ema_rate)
+        step_fn = losses.get_step_fn(
+            loss_fn, parts.optimizer, config.model.ema_rate, num_microbatches=training.num_microbatches
+        )
         _log_start(parts, state, f"{config.model.name}, order {training.score_matching_order}", training.n_iters)
         job = loop.Job(
             config=config,

@@ -80,9 +80,9 @@ def train_step(config: Any, batch: int, num_microbatches: int = 1, loss_fn: Any 
     return compiled(step_fn, new_state(params, model_state, optimizer, jax.random.PRNGKey(2)), x0, **options)
 
 
-def seconds(programs: dict[str, Program], repeats: int = 5) -> dict[str, float]:
+def seconds(programs: dict[Any, Program], repeats: int = 5) -> dict[Any, float]:
     """Median wall time of each, run in turns after a first round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in programs}
+    times: dict[Any, list[float]] = {name: [] for name in programs}
     for _ in range(repeats + 1):
         for name, program in programs.items():
             start = time.perf_counter()

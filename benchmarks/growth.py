@@ -1,6 +1,6 @@
 """How time and scratch memory of a training step grow with batch, resolution, order and number of probes.
 
-python -m benchmarks.growth [--json] [--out benchmarks/growth.png] [--nf 16] [--batches 8 32 128]
+python -m benchmarks.growth [--json] [--out benchmarks/growth.png] [--levels 2] [--batches 8 16 32 128]
 
 DDPM++ of two resolutions and one block a resolution, without attention (it alone is quadratic in the pixels), so that
 the some twenty programs compile in minutes; batch 16 and 16x16x3 where nothing else is said. Medians of 5, in turns.
@@ -19,13 +19,13 @@ import losses
 from benchmarks import common
 
 ORDERS = (1, 2, 3)
-SIZES = (8, 16, 32)
-PROBES = (1, 2, 4)
 
 
 def averaged_over_probes(count: int):
     """`losses.dsm_losses` averaged over `count` probes."""
     one = losses.dsm_losses
+    if count == 1:
+        return one
 
     def several(sde, score_fn, x0, t, z, v, order, exact):
         probes = jax.random.rademacher(jax.random.PRNGKey(3), (count, *v.shape), v.dtype)
@@ -45,21 +45,26 @@ def exponent(sizes, costs) -> float:
 
 def measure(args) -> list[dict]:
     """One row a program: what grows, its size, the order, seconds and scratch memory."""
-    model = dict(nf=args.nf, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-    programs: dict[tuple, common.Program] = {}
-    for order in ORDERS:
-        for batch in args.batches:
-            programs["batch", batch, order] = common.train_step(common.ddpmpp_config(order, **model), batch)
-        for size in SIZES:
-            programs["resolution", size, order] = common.train_step(common.ddpmpp_config(order, size, **model), 16)
-        for count in PROBES if order > 1 else ():
-            with mock.patch.object(losses, "dsm_losses", averaged_over_probes(count)):
-                programs["probes", count, order] = common.train_step(common.ddpmpp_config(order, **model), 16)
+    model = dict(nf=args.nf, ch_mult=(1, 2)[: args.levels], num_res_blocks=1, attn_resolutions=())
+    lines = [("batch", args.batches), ("resolution", args.sizes), ("probes", args.probes)]
+    places = {
+        (what, size, order): (order, *({"batch": 16, "resolution": 16, "probes": 1} | {what: size}).values())
+        for order in ORDERS
+        for what, sizes in lines
+        for size in sizes
+        if order > 1 or what != "probes"
+    }
+    programs = {}
+    for order, batch, resolution, count in dict.fromkeys(places.values()):
+        config = common.ddpmpp_config(order, resolution, **model)
+        with mock.patch.object(losses, "dsm_losses", averaged_over_probes(count)):
+            program = common.train_step(config, batch)
+        programs[order, batch, resolution, count] = program
+        print(f"{order=} {batch=} {resolution=} probes={count}: compiled in {program.compile_s:.0f} s", flush=True)
     times = common.seconds(programs)
     return [
-        {"what": what, "size": size, "order": order, "seconds": times[key], "scratch_mb": program.scratch_mb}
-        for key, program in programs.items()
-        for what, size, order in [key]
+        {"what": what, "size": size, "order": order, "seconds": times[key], "scratch_mb": programs[key].scratch_mb}
+        for (what, size, order), key in places.items()
     ]
 
 
@@ -105,7 +110,10 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--out", type=Path, default=None, help="PNG to write")
     parser.add_argument("--nf", type=int, default=16)
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--levels", type=int, default=2, choices=(1, 2), help="resolutions of the network")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 128])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--probes", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
     rows = measure(args)
     exponents = fit(rows)

@@ -5,7 +5,7 @@ python -m benchmarks.step [--json] [--batch 16] [--flags]
 The third order in one graph (the public code's way: reverse mode over reverse mode over a jvp) is set against the two
 passes of Lu et al. 2022's loss: the residual r without parameter gradients, then the gradient of 2 r . grad_x(v.Jv),
 written as 2 v . d/dr d/dv s by two nested jvps. Same network, weights and batch in one run, run in turns, medians of 5.
-`--flags` measures orders 1 and 2 with other compiler settings, and 4 steps scanned in one program.
+`--flags` measures orders 1 and 2 with other compiler settings.
 """
 
 import math

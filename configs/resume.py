@@ -19,7 +19,7 @@ _FIXED = (
     "data.centered",
     "data.dim",
 )
-_FREE_OF_MODEL = ("model.ema_rate", "model.dropout")
+_FREE_OF_MODEL = ("model.ema_rate", "model.dropout", "model.remat", "model.dtype")
 _BY_MACHINE = ("data.dir",)
 
 

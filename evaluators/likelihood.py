@@ -15,7 +15,7 @@ from evaluators.context import Context, Evaluator, per_example, round_up, settin
 from evaluators.dequantized import Dequantizer
 from parts import Parts
 
-_SETTINGS = ("hutchinson_type", "num_probes", "rtol", "atol", "max_steps")
+_SETTINGS = ("hutchinson_type", "num_probes", "rtol", "atol", "max_steps", "ode_variables", "ode_data_std")
 
 
 def log_likelihood(parts: Parts, size: int):
@@ -26,6 +26,7 @@ def log_likelihood(parts: Parts, size: int):
     """
     config = parts.config.eval
     solver = {"rtol": config.rtol, "atol": config.atol, "max_steps": config.max_steps}
+    solver |= {"variables": config.ode_variables, "data_std": config.ode_data_std, "lanes": config.ode_lanes}
     seed, eps, kind = parts.config.seed, parts.config.training.smallest_time, config.hutchinson_type
 
     def probes_of(index, repeat, shape):

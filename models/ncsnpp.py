@@ -52,8 +52,9 @@ class NCSNpp(nn.Module):
 
     The fields are the keys of `config.model` and `config.data`, but for `conditioning`, which says what the time
     condition is: "sigma", and the output is the score; "scaled_time" (999 t), and -output / sigma is the score.
-    `dtype` "bfloat16": feature maps and products with weights in bfloat16; parameters, time embedding, statistics of
-    normalisations and output in float32. `remat`: a residual block's inner maps are computed again in reverse mode.
+    `dtype` "bfloat16": feature maps and their products with weights in bfloat16. Parameters, time embedding,
+    normalisations' statistics, and the convolutions that read the image or write the output stay float32: bfloat16
+    pixels would be as coarse as the smallest noise. `remat`: a residual block is computed again in reverse mode.
     Raises UserError for an unknown option, options that exclude each other, or an image size that cannot be halved.
     """
 
@@ -110,7 +111,6 @@ class NCSNpp(nn.Module):
             )
         temb = self._embed(time_cond)
         h = x if self.centered else 2 * x - 1
-        h = h.astype(jnp.bfloat16) if self.dtype == "bfloat16" else h
         skips = self._encode(h, temb, train)
 
         resnet, attention = self._parts()
@@ -157,7 +157,8 @@ class NCSNpp(nn.Module):
         """The way down: every feature map that the way up will read, the coarsest last."""
         resnet, attention = self._parts()
         pyramid = x  # the image at the current resolution
-        skips = [conv(self.nf, self.conv_size)(x)]
+        dtype = jnp.bfloat16 if self.dtype == "bfloat16" else x.dtype
+        skips = [conv(self.nf, self.conv_size)(x).astype(dtype)]
         for level, multiplier in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
                 h = resnet(features=self.nf * multiplier)(skips[-1], temb, train)
@@ -173,9 +174,9 @@ class NCSNpp(nn.Module):
                 h = self._resampler(Downsample, self.resamp_with_conv)(skips[-1])
             if self.progressive_input == "input_skip":
                 pyramid = self._resampler(Downsample, with_conv=False)(pyramid)
-                h = Combine(self.progressive_combine)(pyramid, h)
+                h = Combine(self.progressive_combine)(pyramid, h).astype(dtype)
             elif self.progressive_input == "residual":
-                pyramid = self._resampler(Downsample, True, h.shape[-1])(pyramid)
+                pyramid = self._resampler(Downsample, True, h.shape[-1])(pyramid).astype(dtype)
                 h = pyramid = add_skip(pyramid, h, self.skip_rescale)
             skips.append(h)
         return skips
@@ -196,7 +197,7 @@ class NCSNpp(nn.Module):
                 output = self._head(h, channels, self.init_scale)
                 pyramid = output if pyramid is None else pyramid + output
             elif self.progressive == "residual" and pyramid is None:
-                pyramid = self._head(h, h.shape[-1], init_scale=1.0)
+                pyramid = self._head(h, h.shape[-1], init_scale=1.0).astype(h.dtype)
             elif self.progressive == "residual":
                 pyramid = self._resampler(Upsample, True, h.shape[-1])(pyramid)
                 h = pyramid = add_skip(pyramid, h, self.skip_rescale)
@@ -210,5 +211,6 @@ class NCSNpp(nn.Module):
         return self._head(h, channels, self.init_scale)
 
     def _head(self, h: Image, features: int, init_scale: float) -> Array:
+        h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
         h = get_activation(self.nonlinearity)(normalize(h))
         return conv(features, self.conv_size, init_scale=init_scale)(h)

@@ -259,3 +259,102 @@ def test_several_probes_average_the_divergence():
     np.testing.assert_allclose(several, np.mean(singly, axis=0), rtol=1e-5)
     np.testing.assert_allclose(several, score_and_divergence(score_fn, x, t, None)[1], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(score, score_fn(x, t), rtol=1e-6)
+
+
+@pytest.mark.parametrize("data_std", [0.25, 0.8])
+@pytest.mark.parametrize("name", SDES)
+def test_log_snr_variables_of_a_gaussian(name, data_std):
+    sde, x = SDES[name], data(5)
+    v = probe(jax.random.key(0), (5, 3), "rademacher")
+    options = {"variables": "log_snr", "data_std": data_std}
+    solve = jax.jit(lambda x: ode_log_likelihood(sde, gaussian_score(sde), x, v, **options))
+    logp, z, _ = solve(jnp.asarray(x, jnp.float32))
+    z_truth, truth = flow_truth(name, x)
+    np.testing.assert_allclose(logp, truth, atol=3e-4)
+    np.testing.assert_allclose(z, z_truth, rtol=1e-4, atol=1e-4 * z_truth.std())
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_log_snr_variables_converge_to_the_truth(name):
+    with jax.enable_x64(True):
+        sde, x = SDES[name], data(2)
+        tight = {"variables": "log_snr", "rtol": 1e-9, "atol": 1e-9}
+        logp, z, _ = ode_log_likelihood(sde, gaussian_score(sde), jnp.asarray(x), None, **tight)
+        z_truth, truth = flow_truth(name, x)
+        np.testing.assert_allclose(logp, truth, atol=1e-7)
+        np.testing.assert_allclose(z, z_truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_log_snr_variables_have_nothing_to_do_for_data_of_their_own_deviation(name):
+    """The score of N(0, S^2 I): w and the log density stand still, so nine steps at most cross the whole range."""
+    sde, x, std = SDES[name], jnp.asarray(data(4), jnp.float32), 0.6
+
+    def score_fn(x, t):
+        return -x / (jnp.square(sde.alpha(t) * std) + jnp.square(sde.sigma(t)))[:, None]
+
+    logp, _, nfe = ode_log_likelihood(sde, score_fn, x, None, variables="log_snr", data_std=std)
+    prior_std = 50.0 if "ve" in name else 1.0
+    (alpha0, sigma0), (alpha1, sigma1) = alpha_and_sigma(name, EPS), alpha_and_sigma(name, 1.0)
+    ratio = np.hypot(alpha1 * std, sigma1) / np.hypot(alpha0 * std, sigma0)
+    truth = normal_logp(np.asarray(x, np.float64) * ratio, 0, np.full(3, prior_std)) + 3 * np.log(ratio)
+    np.testing.assert_allclose(logp, truth, atol=1e-4)
+    assert nfe.max() <= 2 + 6 * 9
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_log_snr_variables_are_the_same_ode(name):
+    """A score that is no gradient field, with true probes: the same density and latent, in float64 at 1e-9."""
+    with jax.enable_x64(True):
+        sde, x = SDES[name], jnp.asarray(data(3))
+        v = jax.random.normal(jax.random.key(2), (2, 3, 3), jnp.float64)
+
+        def score_fn(x, t):  # damped, for a diffusion that is large at T
+            return 0.1 * curved_score(x, t) / jnp.square(sde.sigma(t) + 0.3)[:, None]
+
+        tight = {"rtol": 1e-9, "atol": 1e-9, "max_steps": 100_000}
+        in_t, z_in_t, _ = ode_log_likelihood(sde, score_fn, x, v, **tight)
+        for lanes in (0, 2):
+            logp, z, _ = ode_log_likelihood(sde, score_fn, x, v, variables="log_snr", lanes=lanes, **tight)
+            np.testing.assert_allclose(logp, in_t, atol=1e-6)
+            np.testing.assert_allclose(z, z_in_t, rtol=1e-6, atol=1e-6)
+
+
+def mixture_score(sde):
+    """Of the mixture of N(-MU, 0.1^2 I) and N(MU, 0.1^2 I) in equal parts, diffused to t."""
+
+    def log_density(x, t):
+        variance = jnp.square(0.1 * sde.alpha(t)) + jnp.square(sde.sigma(t))
+        exponents = [-0.5 * jnp.sum(jnp.square(x - sde.alpha(t) * m)) / variance for m in (-MU, MU)]
+        return jax.nn.logsumexp(jnp.stack(exponents))
+
+    return jax.vmap(jax.grad(log_density))
+
+
+@pytest.mark.parametrize(("name", "fewer"), [("ve", 0.7), ("linearve", 0.7)])
+def test_log_snr_variables_take_fewer_steps(name, fewer):
+    sde = SDES[name]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 3)) * 0.1 + MU, jnp.float32)
+    score_fn = mixture_score(sde)
+    in_t, _, nfe_in_t = ode_log_likelihood(sde, score_fn, x, None)
+    logp, _, nfe = ode_log_likelihood(sde, score_fn, x, None, variables="log_snr", data_std=0.4)
+    np.testing.assert_allclose(logp, in_t, atol=2e-3)
+    assert nfe.mean() < fewer * nfe_in_t.mean(), (nfe.mean(), nfe_in_t.mean())
+
+
+@pytest.mark.parametrize("variables", ["t", "log_snr"])
+def test_queue_of_examples_gives_the_same(variables):
+    with jax.enable_x64(True):
+        sde, x = SDES["vp"], jnp.asarray(data(7))
+        v = jax.random.normal(jax.random.key(2), (2, 7, 3), jnp.float64)
+        for probes in (None, v[0], v):
+            plain = ode_log_likelihood(sde, curved_score, x, probes, variables=variables)
+            queued = ode_log_likelihood(sde, curved_score, x, probes, variables=variables, lanes=3)
+            np.testing.assert_array_equal(queued[2], plain[2])
+            np.testing.assert_allclose(queued[0], plain[0], rtol=1e-9)
+            np.testing.assert_allclose(queued[1], plain[1], rtol=1e-8, atol=1e-9)
+
+
+def test_unknown_variables():
+    with pytest.raises(UserError, match=r"eval\.ode_variables='x'.*t, log_snr"):
+        ode_log_likelihood(SDES["vp"], curved_score, jnp.ones((1, 3)), None, variables="x")

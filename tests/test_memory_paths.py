@@ -147,7 +147,7 @@ def test_remat_changes_neither_parameters_nor_gradients(block):
             score = get_score_fn(sde, model, params, {}, train=True, dropout_keys=keys)(x, t)
             return jnp.sum(score**2), score
 
-        assert ("checkpoint" in str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params))) == remat
+        assert ("prevent_cse" in str(jax.make_jaxpr(loss)(params))) == remat
         results.append(jit(jax.grad(loss, has_aux=True))(params))
     assert trees[0] == trees[1]
     (grads, score), (grads_remat, score_remat) = results
@@ -155,6 +155,7 @@ def test_remat_changes_neither_parameters_nor_gradients(block):
     assert relative_norm(grads_remat, grads) < 1e-9
 
 
+@jax.enable_x64(False)
 def test_bfloat16_is_near_float32_and_its_parameters_and_output_are_float32():
     x, t = jnp.asarray(np.random.default_rng(0).random((2, 8, 8, 3)), jnp.float32), jnp.array([0.3, 0.7], jnp.float32)
     outputs = []

@@ -8,7 +8,7 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
 from errors import UserError
-from ode import SolverError, dormand_prince_step, raise_on_failure, rk45
+from ode import SolverError, dormand_prince_step, raise_on_failure, rk45, rk45_queue
 
 
 @pytest.fixture
@@ -155,3 +155,60 @@ def test_equal_ends_leave_the_state():
     y1, stats = rk45(lambda t, y: -y, jnp.ones((2, 1)), 0.5, jnp.array([0.5, 0.6]))
     assert y1[0] == 1 and stats.accepted[0] == 0 and stats.status.tolist() == [0, 0]
     raise_on_failure(stats)
+
+
+def decays(count):
+    """y [B, 2] towards cos t at rates from 1 to 1000, in no order, so that some take many times the steps of others."""
+    rng = np.random.default_rng(3)
+    y0 = jnp.asarray(rng.normal(size=(count, 2)), jnp.float32)
+    rate = jnp.asarray(10 ** rng.uniform(0, 3, count), jnp.float32)
+    return y0, rate, lambda t, y, rate: -rate[:, None] * (y - jnp.cos(t)[:, None])
+
+
+@pytest.mark.parametrize(("count", "lanes"), [(23, 4), (23, 1), (8, 4), (5, 5), (3, 64)])
+def test_queue_takes_the_steps_of_each_example_alone(count, lanes):
+    y0, rate, fun = decays(count)
+    t1 = jnp.linspace(1.0, 3.0, count)
+    plain, plain_stats = jax.jit(lambda y: rk45(lambda t, y: fun(t, y, rate), y, 0.0, t1))(y0)
+    queued, stats = jax.jit(lambda y: rk45_queue(fun, y, 0.0, t1, rate, lanes=lanes))(y0)
+    np.testing.assert_allclose(queued, plain, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(stats.nfe, plain_stats.nfe)
+    assert stats.status.tolist() == [0] * count
+    np.testing.assert_allclose(queued[rate > 100], jnp.cos(t1)[rate > 100, None] * jnp.ones(2), atol=2e-2)
+
+
+def test_queue_does_the_mean_work_and_not_the_most():
+    """In passes of the lanes through the right-hand side, counted as they are run."""
+    y0, rate, fun = decays(40)
+    calls = []
+
+    def counted(t, y, rate):
+        jax.debug.callback(lambda _: calls.append(1), t[0])
+        return fun(t, y, rate)
+
+    _, stats = rk45_queue(counted, y0, 0.0, 2.0, rate, lanes=4)
+    jax.effects_barrier()
+    nfe = np.asarray(stats.nfe)
+    assert nfe.sum() / 4 <= len(calls) <= nfe.sum() / 4 + nfe.max()
+    assert len(calls) < 0.5 * nfe.max() * 10  # 40 examples in ten batches of four, each as long as the stiffest
+
+
+def test_queue_goes_on_past_failed_examples():
+    y0, rate, fun = decays(9)
+    y0, rate = y0.at[2].set(jnp.nan), rate.at[5].set(20_000.0)
+    y1, stats = rk45_queue(fun, y0, 0.0, jnp.ones(9).at[7].set(0.0), rate, lanes=2, max_steps=600)
+    assert stats.status.tolist() == [0, 0, 2, 0, 0, 1, 0, 0, 0]
+    assert np.isnan(y1[2]).all() and np.isnan(y1[5]).all() and np.isfinite(np.delete(y1, [2, 5], axis=0)).all()
+    np.testing.assert_array_equal(y1[7], y0[7])  # nothing to solve
+
+
+def test_queue_of_trees():
+    state = {"x": jnp.ones((5, 2, 2)), "log": jnp.zeros(5)}
+    data = {"rate": jnp.arange(1.0, 6.0), "shift": (jnp.arange(5.0),)}
+
+    def fun(t, y, data):
+        return {"x": -data["rate"][:, None, None] * y["x"], "log": data["shift"][0] * jnp.cos(t)}
+
+    y, _ = rk45_queue(fun, state, 0.0, 1.5, data, lanes=2)
+    np.testing.assert_allclose(y["x"][:, 0, 1], np.exp(-1.5 * np.arange(1, 6)), rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(y["log"], np.arange(5) * np.sin(1.5), rtol=1e-4)

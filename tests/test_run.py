@@ -198,10 +198,11 @@ DIGITS = "--config=configs/digits/ve_ncsnpp.py"
         ([DIGITS, "--mode=train", "--config.data.dataset=NIST"], "NIST"),
         (["--config=configs/fashion_mnist/ve_ncsnpp.py", "--mode=train", "--config.data.dir=/no/where"], "/no/where"),
         ([DIGITS, "--mode=eval"], "--mode eval needs the workdir of a training run"),
+        ([DIGITS, "--mode=train", "--workdir=gs://bucket/run"], "is remote; mount the bucket"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, arguments, complaint):
-    done = main(*arguments, f"--workdir={tmp_path / 'run'}", devices=2)
+    done = main(f"--workdir={tmp_path / 'run'}", *arguments, devices=2)
     assert done.returncode != 0
     lines = done.stderr.strip().splitlines()
     assert lines[-1].startswith("error: ") and complaint in lines[-1]

@@ -1,0 +1,236 @@
+"""The ODE's likelihood: scipy's RK45 on the host over a whole batch, as the public code does it, against ours.
+
+python -m benchmarks.likelihood [--json] [--quick] [--sde vpsde|vesde]
+                                [--workdir RUN --config FILE] [--batch N] [--repeats N] [--lanes N] [--no-reference]
+
+Same network, weights, images and probes on both sides, in one run, at tolerance 1e-5. Baseline: two programs a step's
+evaluation, the drift, and the divergence by reverse mode, and one step size for the batch. Then a line for each lever,
+each with those above it. Errors in bits/dim are against the same probes at 1e-7 in float64, which is most of the time
+of a run. Without --workdir: a DDPM++ (VE: NCSN++) with nf 32, ch_mult (1, 2, 2), 2 blocks and random weights of
+init_scale 1 on 16x16x3 images. The last line is the ratio; with --json one object.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.integrate import solve_ivp
+
+import checkpoints
+import datasets
+import likelihood
+import parts
+import sde_lib
+from configs.default_configs import get_default_configs, use_ddpmpp
+from models import create_model, init_params
+from models.score import get_score_fn
+
+EPS, TOLERANCE = 1e-5, 1e-5
+
+
+class Problem(NamedTuple):
+    """A score in either precision, and float32 images and probes [B, H, W, C]."""
+
+    sde: sde_lib.SDE
+    score_of: Callable[[Any], Callable]  # parameters -> score_fn
+    params: Any
+    x: np.ndarray
+    v: np.ndarray
+    data_std: float
+
+
+class Result(NamedTuple):
+    logp: np.ndarray  # [B], nats
+    nfe: np.ndarray  # [B]
+
+
+def random_network(sde_name: str, batch: int) -> Problem:
+    """Of the claim, on smooth colour images with the 8-bit noise of dequantisation."""
+    config = get_default_configs()
+    config.training.sde = sde_name
+    if sde_name != "vesde":
+        use_ddpmpp(config)
+    config.data.image_size = 16
+    config.model.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(8,), init_scale=1.0)
+    sde, model = sde_lib.from_config(config), create_model(config)
+    params, _ = init_params(model, jax.random.key(0), (1, 16, 16, 3))
+    rng, grid = np.random.default_rng(0), np.linspace(0, 1, 16)
+    a, b, c = rng.normal(size=(3, batch, 1, 1, 3))
+    waves = a * np.sin(3 * grid[:, None, None] + b) + c * np.cos(4 * grid[None, :, None])
+    images = (np.floor(255 * (0.5 + 0.35 * np.tanh(waves))) + rng.random((batch, 16, 16, 3))) / 256
+    x = 2 * images - 1 if config.data.centered else images
+    v = rng.choice([-1.0, 1.0], x.shape)
+    score_of = functools.partial(get_score_fn, sde, model, model_state={})
+    return Problem(sde, score_of, params, x.astype(np.float32), v.astype(np.float32), config.eval.ode_data_std)
+
+
+def trained_network(workdir: str, config_file: str, batch: int) -> Problem:
+    """The EMA parameters of a run's newest checkpoint, on the first images of its test split."""
+    spec = importlib.util.spec_from_file_location("config", config_file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    built = parts.build(config)
+    state = checkpoints.restore(checkpoints.find(Path(workdir) / "checkpoints", 0)).state
+    x = datasets.eval_batch(built.dataset, config.data, "test", np.arange(batch), seed=config.seed, repeat=0)
+    v = np.random.default_rng(0).choice([-1.0, 1.0], x.shape)
+    score_of = functools.partial(built.score_fn, model_state=state.get("model_state", {}))
+    x, v = np.asarray(x, np.float32), v.astype(np.float32)
+    return Problem(built.sde, score_of, state["ema_params"], x, v, config.eval.ode_data_std)
+
+
+def public_solver(problem: Problem, *, one_program: str | None) -> Callable[[], Result]:
+    """scipy on the host. one_program: None, "reverse" or "jvp", how one program makes both drift and divergence."""
+    sde, score_fn, x, v = problem.sde, problem.score_of(problem.params), problem.x, jnp.asarray(problem.v)
+    count, dim = len(x), x[0].size
+
+    def drift(x, t):
+        return sde_lib.batch_mul(sde.drift_coefficient(t), x) - sde_lib.batch_mul(
+            0.5 * sde.diffusion_sq(t), score_fn(x, t)
+        )
+
+    def reverse(x, t):
+        gradient = jax.grad(lambda x: jnp.sum(drift(x, t) * v))(x)
+        return jnp.sum(gradient * v, axis=(1, 2, 3))
+
+    def both(x, t):
+        if one_program == "jvp":
+            value, tangent = jax.jvp(lambda x: drift(x, t), (x,), (v,))
+            return value, jnp.sum(tangent * v, axis=(1, 2, 3))
+        value, pull = jax.vjp(lambda x: drift(x, t), x)
+        return value, jnp.sum(pull(v)[0] * v, axis=(1, 2, 3))
+
+    p_drift, p_reverse, p_both = jax.jit(drift), jax.jit(reverse), jax.jit(both)
+
+    def rhs(t, y):
+        x_t, times = jnp.asarray(y[: count * dim].reshape(x.shape), jnp.float32), jnp.full(count, t, jnp.float32)
+        change, divergence = p_both(x_t, times) if one_program else (p_drift(x_t, times), p_reverse(x_t, times))
+        return np.concatenate([np.asarray(change, np.float64).ravel(), np.asarray(divergence, np.float64)])
+
+    def solve() -> Result:
+        start = np.concatenate([x.astype(np.float64).ravel(), np.zeros(count)])
+        solved = solve_ivp(rhs, (EPS, sde.T), start, method="RK45", rtol=TOLERANCE, atol=TOLERANCE)
+        z = jnp.asarray(solved.y[: count * dim, -1].reshape(x.shape), jnp.float32)
+        logp = np.asarray(sde.prior_logp(z), np.float64) + solved.y[count * dim :, -1]
+        return Result(logp, np.full(count, solved.nfev))
+
+    rhs(0.5, np.zeros(count * dim + count))  # compiles
+    return solve
+
+
+def device_solver(problem: Problem, **options: Any) -> Callable[[], Result]:
+    """`likelihood.ode_log_likelihood`, in the precision of the parameters; compiled on the first call."""
+    dtype = jax.tree.leaves(problem.params)[0].dtype
+    options = {"eps": EPS, "rtol": TOLERANCE, "atol": TOLERANCE, "data_std": problem.data_std, **options}
+
+    @jax.jit
+    def program(params, x, v):
+        score_fn = problem.score_of(params)
+        logp, _, nfe = likelihood.ode_log_likelihood(problem.sde, score_fn, x, v, **options)
+        return logp, nfe
+
+    def solve() -> Result:
+        logp, nfe = program(problem.params, jnp.asarray(problem.x, dtype), jnp.asarray(problem.v, dtype))
+        return Result(np.asarray(logp, np.float64), np.asarray(nfe))
+
+    return solve
+
+
+def reference(problem: Problem) -> np.ndarray:
+    """log p [B] at 1e-7 in float64."""
+    with jax.enable_x64(True):
+        in_float64 = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), problem.params)
+        tight = {"rtol": 1e-7, "atol": 1e-7, "max_steps": 1_000_000}
+        return device_solver(problem._replace(params=in_float64), **tight)().logp
+
+
+def bits_per_dim_error(problem: Problem, logp: np.ndarray, truth: np.ndarray) -> float:
+    """Mean over the images of the absolute error."""
+    return float(np.mean(np.abs(logp - truth)) / (problem.x[0].size * math.log(2)))
+
+
+def levers(problem: Problem, lanes: int) -> dict[str, Callable[[], Result]]:
+    """Each with those above it; the first is the baseline."""
+    return {
+        "scipy, drift and reverse mode": public_solver(problem, one_program=None),
+        "scipy, one reverse-mode program": public_solver(problem, one_program="reverse"),
+        "scipy, one jvp": public_solver(problem, one_program="jvp"),
+        "on the device, steps per example": device_solver(problem),
+        "log-SNR time, scaled state": device_solver(problem, variables="log_snr"),
+        f"queue of {lanes} lanes": device_solver(problem, variables="log_snr", lanes=lanes),
+    }
+
+
+def measure(solvers: dict[str, Callable[[], Result]], repeats: int) -> tuple[dict[str, Result], dict[str, float]]:
+    """What each gives, and its median seconds; they take turns, so that a busy machine is busy for all."""
+    names = list(solvers)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names[3:]:
+        solvers[name]()  # compiles; those of the host are compiled
+    results = {}
+    for _ in range(repeats):
+        for name in names:
+            start = time.perf_counter()
+            results[name] = solvers[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return results, {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--quick", action="store_true", help="1 repeat, 2 images")
+    parser.add_argument("--sde", default="vpsde", help="of the random network: vpsde, subvpsde or vesde")
+    parser.add_argument("--workdir", default="", help="a trained run; needs --config")
+    parser.add_argument("--config", default="", help="the config file of that run")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lanes", type=int, default=0, help="of the queue; 0: half the batch")
+    parser.add_argument(
+        "--no-reference", action="store_true", help="no errors in bits/dim, which saves the float64 run"
+    )
+    args = parser.parse_args()
+    if bool(args.workdir) != bool(args.config):
+        parser.error("--workdir and --config go together")
+    batch, repeats = (2, 1) if args.quick else (args.batch, args.repeats)
+    if args.workdir:
+        problem = trained_network(args.workdir, args.config, batch)
+    else:
+        problem = random_network(args.sde, batch)
+    results, seconds = measure(levers(problem, args.lanes or max(1, batch // 2)), repeats)
+    truth = None if args.no_reference else reference(problem)
+    baseline, *_, ours, queue = results
+    best = min((ours, queue), key=lambda name: seconds[name])
+    rows = {}
+    for name, result in results.items():
+        error = None if truth is None else bits_per_dim_error(problem, result.logp, truth)
+        speedup = seconds[baseline] / seconds[name]
+        rows[name] = {"seconds": seconds[name], "nfe": float(result.nfe.mean()), "bpd_error": error, "speedup": speedup}
+        accuracy = "" if error is None else f"  error {error:.1e} bits/dim"
+        print(f"{name:34}  {seconds[name]:7.2f} s  NFE {result.nfe.mean():6.0f}{accuracy}  {speedup:4.1f} times")
+    summary = {
+        "speedup": rows[best]["speedup"],
+        "nfe": rows[best]["nfe"],
+        "nfe_baseline": rows[baseline]["nfe"],
+        "bpd_error": rows[best]["bpd_error"],
+        "bpd_error_baseline": rows[baseline]["bpd_error"],
+        "repeats": repeats,
+        "batch": batch,
+        "levers": rows,
+    }
+    print(json.dumps(summary) if args.json else f"ratio {summary['speedup']:.1f} ({best})")
+
+
+if __name__ == "__main__":
+    main()
