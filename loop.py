@@ -86,9 +86,7 @@ class _Loop:
                 path = self._save("checkpoints-meta", self.step, keep=2)
                 clock.saved()
             if stopping:
-                logging.info(
-                    "stopped by %s after step %d; the same command goes on from %s", stop.signal, self.step, path
-                )
+                logging.info("stopped by %s after step %d; run again to go on from %s", stop.signal, self.step, path)
                 break
         if self.log is not None:
             self.log.close()

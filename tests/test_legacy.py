@@ -244,11 +244,18 @@ def test_evaluates_in_place(tiny, tmp_path):
     assert np.isfinite(result["bpd"]["mean"])
 
 
+def start(parts, workdir):
+    """State and record that `run_lib.train` begins with."""
+    state = parts.init_state()
+    resumed = run_lib._resume(parts.config, workdir, state)
+    return resumed or (run_lib._init_from(parts.config.training, state), {})
+
+
 def test_starts_from_a_file_and_exports_it_again(tiny, tmp_path):
     source = legacy.load_legacy(FILES["vp"])
     tiny.training.init_from = str(FILES["vp"])
     parts = run_lib.build(tiny)
-    state, record = run_lib._restore_or_init(parts, tmp_path / "nothing here")
+    state, record = start(parts, tmp_path / "nothing here")
     assert int(state.step) == 0 and record == {}
     assert_same(state.params, source["params"])
     assert_same(state.ema_params, source["ema_params"])
@@ -256,14 +263,16 @@ def test_starts_from_a_file_and_exports_it_again(tiny, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh_optimizer)
 
     tiny.training.update(init_optimizer=True, n_iters=5)
-    state, _ = run_lib._restore_or_init(parts, tmp_path / "nothing here")
+    state, _ = start(parts, tmp_path / "nothing here")
     assert int(state.step) == 3
     adam, _, schedule = state.opt_state[1]
     assert int(adam.count) == int(schedule.count) == 3
     assert_same({"mu": adam.mu, "nu": adam.nu}, {key: source["opt_state"][key] for key in ("mu", "nu")})
 
     # saved as ours, then exported: the file of the public code again, to the byte
-    folder = checkpoints.save(tmp_path, state.replace(key=source["key"]), 3, {"config": tiny.to_dict()})
+    folder = checkpoints.save(
+        tmp_path / "checkpoints-meta", state.replace(key=source["key"]), 3, {"config": tiny.to_dict()}
+    )
     out = tmp_path / "exported"
     command = [sys.executable, "-m", "checkpoints", "export", str(folder), str(out)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
@@ -273,11 +282,11 @@ def test_starts_from_a_file_and_exports_it_again(tiny, tmp_path):
 
     # a folder of ours serves as well; the checkpoint of a run that is resumed comes before it
     tiny.training.update(init_from=str(folder), init_optimizer=False)
-    state, _ = run_lib._restore_or_init(parts, tmp_path / "nothing here")
+    state, _ = start(parts, tmp_path / "nothing here")
     assert int(state.step) == 0
     assert_same(state.ema_params, source["ema_params"])
     tiny.training.init_from = "nowhere"
-    state, record = run_lib._restore_or_init(parts, tmp_path)
+    state, record = start(parts, tmp_path)
     assert int(state.step) == 3 and record["config"]["training"]["n_iters"] == 5
 
 

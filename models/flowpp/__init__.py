@@ -52,7 +52,8 @@ def init_params(
     """
     # Optimising a program that runs once would take longer than it saves (see `models.init_params`).
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    if isinstance(image, jax.core.Tracer):  # inside another jit or eval_shape, which has its own options
+    # inside another jit or eval_shape, which has its own options
+    if any(isinstance(x, jax.core.Tracer) for x in (key, image, u)):
         init = model.init
     variables: Any = init({"params": key}, u, image)
     return variables["params"]
