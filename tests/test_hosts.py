@@ -75,7 +75,7 @@ def assert_same_training(workdir, single):
         np.testing.assert_allclose([a[k] for k in ("loss", "first")], [b[k] for k in ("loss", "first")], rtol=1e-4)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_devices_of_one_host(tmp_path, single, devices):
     """Dropout, data order, times, noise and probes are functions of the example, not of the device."""
     workdir = tmp_path / "run"
@@ -108,6 +108,7 @@ def test_two_hosts_train_resume_and_evaluate(tmp_path, single):
             np.testing.assert_array_equal(one[key], other[key])
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_host_stops_both_after_the_same_step(tmp_path):
     workdir = tmp_path / "run"
     long = {**TRAIN, "training.n_iters": 100_000, "training.snapshot_freq": 100_000}

@@ -69,7 +69,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_zero(tmp_path, whole, number):
     workdir = tmp_path / "run"
     process = start("train", workdir, **{**TRAIN, "training.snapshot_freq_for_preemption": 1000})
