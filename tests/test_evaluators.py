@@ -179,6 +179,7 @@ def everything():
     return config
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_to_the_same_figures(trained, monkeypatch):
     config = everything()
     whole = evaluated(config, trained, "whole")

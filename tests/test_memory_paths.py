@@ -119,7 +119,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(order):
             np.testing.assert_allclose(metrics_of_parts[name], metrics[name], rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # an MLP has the fast case above
+@pytest.mark.parametrize("order", [1, 3])
 def test_micro_batches_of_a_network_with_dropout(order):
     config = tiny_config("vpsde", dropout=0.3)
     model, sde = create_model(config), sde_lib.from_config(config)
