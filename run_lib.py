@@ -163,11 +163,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             shown=("loss", "first", "second", "third", "grad_norm"),
             snapshot_number=functools.partial(_snapshot_number, config),
         )
-        state = loop.run(job)
-        if jax.process_index() == 0:
-            logging.info("at step %d; checkpoints in %s", int(state.step), workdir / "checkpoints")
-            logging.info("report: %s", report.write_report(workdir))
-        return state
+        return _run(job)
 
 
 def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_dequantizer") -> losses.TrainState:
@@ -227,11 +223,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
             shown=("loss", "bound", "log_q", "grad_norm"),
             snapshot_number=functools.partial(_snapshot_number, config),
         )
-        state = loop.run(job)
-        if jax.process_index() == 0:
-            logging.info("at step %d; checkpoints in %s", int(state.step), directory / "checkpoints")
-            logging.info("report: %s", report.write_report(directory))
-        return state
+        return _run(job)
 
 
 def _init_dequantizer(parts: Parts, model) -> losses.TrainState:
@@ -248,6 +240,15 @@ def _as_levels(data_config: Config) -> Config:
     levels = data_config.copy_and_resolve_references()
     levels.update(centered=False, uniform_dequantization=False)
     return levels
+
+
+def _run(job: loop.Job) -> losses.TrainState:
+    """The loop, and where it left things."""
+    state = loop.run(job)
+    if jax.process_index() == 0:
+        logging.info("at step %d; checkpoints in %s", int(state.step), job.directory / "checkpoints")
+        logging.info("report: %s", report.write_report(job.directory))
+    return state
 
 
 def _train_loader(parts: Parts, data_config: Config):
