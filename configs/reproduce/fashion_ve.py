@@ -1,0 +1,12 @@
+"""Fashion-MNIST at 16x16, VE, the digits' network: the first-order model that each order goes on from."""
+
+from configs.reproduce import digits_ve
+
+
+def get_config():
+    config = digits_ve.get_config()
+    config.data.update(dataset="FASHION_MNIST", image_size=16)
+    config.training.batch_size = 64
+    config.model.update(attn_resolutions=(8,), sigma_max=8.0)
+    config.eval.num_examples = 300
+    return config

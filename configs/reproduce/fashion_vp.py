@@ -1,0 +1,12 @@
+"""Fashion-MNIST at 16x16, VP, the digits' network: the first-order model that each order goes on from."""
+
+from configs.reproduce import digits_vp
+
+
+def get_config():
+    config = digits_vp.get_config()
+    config.data.update(dataset="FASHION_MNIST", image_size=16)
+    config.training.batch_size = 64
+    config.model.attn_resolutions = (8,)
+    config.eval.num_examples = 300
+    return config
