@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart reproduce reproduce-fast test test-slow bench lint clean
 
 .venv/run.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -17,6 +17,32 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 quickstart: .venv/run.stamp
 	$(BIN)/python quickstart.py --workdir runs/quickstart
+
+reproduce-fast: .venv/run.stamp
+	$(BIN)/python reproduce.py --fast --workdir runs/reproduce-fast --out runs/reproduce-fast/results
+
+reproduce: .venv/run.stamp
+	$(BIN)/python reproduce.py
+
+# Some 40 minutes on 2 cores. The trained networks are those of the README's digits commands.
+bench: .venv/run.stamp runs/bench/digits_ve runs/bench/digits_vp
+	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_ve --config configs/digits/ve_ncsnpp.py
+	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_vp --config configs/digits/vp_ddpmpp.py
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --flags
+	$(BIN)/python -m benchmarks.step --jitted 4
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.input
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.precision --workdir runs/bench/digits_ve --config configs/digits/ve_ncsnpp.py
+	$(BIN)/python -m benchmarks.growth --out benchmarks/growth.png
+	$(BIN)/python -m benchmarks.unrolled_steps
+
+runs/bench/digits_ve: .venv/run.stamp
+	$(BIN)/python main.py --config configs/digits/ve_ncsnpp.py --workdir $@ --mode train
+
+runs/bench/digits_vp: .venv/run.stamp
+	$(BIN)/python main.py --config configs/digits/vp_ddpmpp.py --workdir $@ --mode train
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -97,7 +97,7 @@ def quadrature_nll(
 
 # Samples of images. Features are in `inception`; TensorFlow is imported late, because training needs none of this.
 class KernelDistance(NamedTuple):
-    """`mean`: KID of all features. `stderr`: its standard error, by subsets. The rest: the subsets' own KIDs."""
+    """`mean`: KID of all features. `stderr`: its standard error. The rest: the subsets' own KIDs."""
 
     mean: float
     stderr: float
@@ -154,10 +154,14 @@ def kernel_distance(
     given (which must not be sorted), averaged. Every block needs two of each: of the larger set, where it is more than
     512 times the smaller, a random part (seed 0) is used.
 
-    stderr: subset i of both sets, drawn without replacement by seed i, has m = min(subset_size, min(N, M) // 2)
-    examples; with s the standard deviation of the subsets' KIDs, stderr = s sqrt(m / (min(N, M) - m)), the delete-d
-    jackknife (Shao and Wu 1989). The literature's "mean +- std" is subset_mean and subset_std = s: the spread of a KID
-    of m examples, not the error of `mean`. NaN where m < 2 or subsets < 2.
+    stderr: of `mean`, from random blocks of the sizes of its n blocks. With s the standard deviation of `subsets` such
+    KIDs it is s / sqrt(n - 1): random blocks overlap, so that E s^2 is 1 - 1/n of a block's variance. A single block is
+    halved instead, stderr = s: the delete-half jackknife (Shao and Wu 1989). That is to first order in 1/N and 1/M;
+    where the two distributions are equal it is too large, by sqrt(1 + 1/n), for a single block by sqrt(3). NaN with
+    fewer than 4 of either, or subsets < 2.
+
+    The literature's "mean +- std" is subset_mean and subset_std, of subsets of m = min(subset_size, min(N, M) // 2)
+    examples drawn without replacement: the spread of a KID of m examples, not the error of `mean`. NaN where m < 2.
     """
     smaller = min(len(real), len(fake))
     most = KID_BLOCK_SIZE * (smaller // 2)
@@ -165,7 +169,9 @@ def kernel_distance(
     def thinned(x: np.ndarray) -> np.ndarray:
         return x[np.random.default_rng(0).permutation(len(x))[:most]] if len(x) > most else x
 
-    mean = _kid(thinned(real), thinned(fake), KID_BLOCK_SIZE)
+    real_kept, fake_kept = thinned(real), thinned(fake)
+    mean = _kid(real_kept, fake_kept, KID_BLOCK_SIZE)
+    stderr = _kid_stderr(real_kept, fake_kept, subsets)
     m = min(subset_size, smaller // 2)
     kids = np.full(max(subsets, 1), math.nan)
     for i in range(subsets if m >= 2 else 0):
@@ -173,8 +179,20 @@ def kernel_distance(
         some_real, some_fake = (x[rng.choice(len(x), m, replace=False)] for x in (real, fake))
         kids[i] = _kid(some_real, some_fake, m)
     std = float(np.std(kids, ddof=1)) if len(kids) > 1 else math.nan
-    stderr = std * math.sqrt(m / (smaller - m))
     return KernelDistance(mean, stderr, float(np.mean(kids)), std, m, subsets)
+
+
+def _kid_stderr(real: np.ndarray, fake: np.ndarray, subsets: int) -> float:
+    """`KernelDistance.stderr`: random block i, seed (1, i), is as large as block i mod n of tensorflow-gan."""
+    n = max(2, math.ceil(max(len(real), len(fake)) / KID_BLOCK_SIZE))
+    if min(len(real), len(fake)) < 2 * n or subsets < 2:
+        return math.nan
+    kids = []
+    for i in range(subsets):
+        rng = np.random.default_rng((1, i))
+        block = [x[rng.choice(len(x), (len(x) + i % n) // n, replace=False)] for x in (real, fake)]
+        kids.append(_kid(*block, max(map(len, block))))
+    return float(np.std(kids, ddof=1) / math.sqrt(n - 1))
 
 
 def _kid(real: np.ndarray, fake: np.ndarray, block_size: int) -> float:

@@ -15,8 +15,10 @@ import checkpoints
 import losses
 from errors import UserError
 from interrupts import StopRequest
+from launch import program_memory
 from parts import Config, first, replicate, shard
 from records import MetricsLog, Pending
+from trackers import open_trackers
 
 # Calls of the step that may be under way while the host goes on; their metrics are read afterwards.
 _IN_FLIGHT = 2
@@ -30,13 +32,33 @@ class Job(NamedTuple):
     state: losses.TrainState  # on the host
     record: dict[str, Any]  # of the checkpoint that the state comes from
     loader: Any  # iterator of {'x', 'index'} with get_state and set_state
-    p_step: Callable[[losses.TrainState, Any], tuple[losses.TrainState, dict[str, jax.Array]]]
+    p_step: "Steps"
     n_iters: int
-    eval_fn: Callable[[losses.TrainState], dict[str, float]]
-    on_snapshot: Callable[[losses.TrainState, int], None] | None = None
+    eval_fn: Callable[[losses.TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]  # means, of each example [b]
+    on_snapshot: Callable[[losses.TrainState, int], bytes] | None = None  # draws and saves samples; their picture
     facts: dict[str, Any] | None = None  # to be saved with each checkpoint
-    shown: tuple[str, ...] = ("loss", "grad_norm")
     snapshot_number: Callable[[int], int] = lambda step: step
+
+
+class Steps:
+    """The pmapped step of a `Job`: (state, x) -> (state, metrics), compiled once, for the shapes of the first batch."""
+
+    def __init__(self, p_fn: Any, frozen: Any):
+        """p_fn: the pmap of (state, x, frozen); frozen: replicated parameters that do not change."""
+        self._p_fn, self._frozen = p_fn, frozen
+
+    def compile(self, state: losses.TrainState, x: np.ndarray) -> None:
+        """Ahead of the first call, to tell how long it takes and how much memory the program wants of a device."""
+        if jax.process_count() > 1:
+            return  # only the pmap itself joins the hosts' parts of x to one array
+        logging.info("compiling the training step; minutes for a large network or an order above 1")
+        start = time.monotonic()
+        self._p_fn = self._p_fn.lower(state, x, self._frozen).compile()
+        seconds, memory = time.monotonic() - start, program_memory(self._p_fn.memory_analysis())
+        logging.info("compiled in %.1f s%s", seconds, f"; it needs {memory}" if memory else "")
+
+    def __call__(self, state: losses.TrainState, x: np.ndarray) -> tuple[losses.TrainState, dict[str, jax.Array]]:
+        return self._p_fn(state, x, self._frozen)
 
 
 def run(job: Job) -> losses.TrainState:
@@ -59,14 +81,20 @@ class _Loop:
         self.pending = Pending(job.record.get("pending"))
         self.bad_in_a_row = job.record.get("bad_in_a_row", 0)
         self.in_flight: collections.deque = collections.deque()
-        self.log = MetricsLog(job.directory, self.step) if self.is_writer else None
+        self.log = None
+        if self.is_writer:
+            trackers = open_trackers(job.directory, self.step, self.training.wandb_project, job.config.to_dict())
+            self.log = MetricsLog(job.directory, self.step, trackers)
 
     def run(self, stop: StopRequest) -> losses.TrainState:
         job, training, jitted = self.job, self.training, self.training.n_jitted_steps
-        clock = _Clock(self.step)
+        clock = None
         for x, index in _grouped(job.loader, jitted):
             if self.step >= job.n_iters:
                 break
+            if clock is None:
+                job.p_step.compile(self.state, x)
+                clock = _Clock(self.step)
             self.state, metrics = job.p_step(self.state, x)
             self.step += jitted
             self.in_flight.append((self.step, metrics, index))
@@ -75,11 +103,10 @@ class _Loop:
             if self.step % training.log_freq == 0:
                 self._log_train(clock)
             if self.step % training.eval_freq == 0:
-                self._write("eval", job.eval_fn(self.state))
+                self._write("eval", job.eval_fn(self.state)[0])
             if self.step % training.snapshot_freq == 0 or final:
                 self._save("checkpoints", job.snapshot_number(self.step), keep=0)
-                if job.on_snapshot is not None and self.is_writer:
-                    job.on_snapshot(self.state, self.step)
+                self._track_snapshot()
             due = clock.minutes_since_save() >= training.snapshot_minutes_for_preemption > 0
             stopping = stop.agreed() and not final
             if self.step % training.snapshot_freq_for_preemption == 0 or final or due or stopping:
@@ -91,6 +118,14 @@ class _Loop:
         if self.log is not None:
             self.log.close()
         return first(self.state)
+
+    def _track_snapshot(self) -> None:
+        """Histograms of the test examples' losses, of the first host's, and samples."""
+        _, per_example = self.job.eval_fn(self.state)  # on every host: its means go over all of them
+        if self.log is not None:
+            self.log.histograms(self.step, "eval_examples", per_example)
+            if self.job.on_snapshot is not None:
+                self.log.image(self.step, "samples", "grid", self.job.on_snapshot(self.state, self.step))
 
     def _settle(self, allowed: int) -> None:
         """Reads the metrics of all but the last `allowed` calls; tells of skipped steps and may end the run."""
@@ -130,10 +165,9 @@ class _Loop:
         self._settle(0)
         means = self.pending.means()
         self._write("train", means)
-        speed, n_iters = clock.speed(self.step), self.job.n_iters
-        shown = "  ".join(f"{name} {means[name]:.4g}" for name in self.job.shown)
-        eta = datetime.timedelta(seconds=round((n_iters - self.step) / speed))
-        logging.info("step %d/%d  %s  %.1f steps/s  ETA %s", self.step, n_iters, shown, speed, eta)
+        n_iters = self.job.n_iters
+        speed, left = clock.speed(self.step), clock.left(self.step, n_iters)
+        logging.info("step %d/%d  %s  %.3g steps/s  ETA %s", self.step, n_iters, shown(means), speed, left)
 
     def _write(self, split: str, values: dict[str, float]) -> None:
         if self.log is not None:
@@ -154,10 +188,19 @@ class _Loop:
         return checkpoints.save(directory, first(self.state), number, record, keep)
 
 
+def shown(means: dict[str, float]) -> str:
+    """For the console: the loss, its terms where there is more than one, the gradient's norm. A term that is off is 0."""
+    terms = [name for name, value in means.items() if value and name not in ("loss", "grad_norm", "skipped")]
+    names = ["loss", *(terms if len(terms) > 1 else ()), "grad_norm"]
+    return "  ".join(f"{name} {means[name]:.4g}" for name in names)
+
+
 class _Clock:
+    """Of this launch, from its first step on, compiled already."""
+
     def __init__(self, step: int):
-        self._time = self._saved = time.monotonic()
-        self._step = step
+        self._start = self._time = self._saved = time.monotonic()
+        self._first_step = self._step = step
 
     def speed(self, step: int) -> float:
         """Steps a second since the last call."""
@@ -165,6 +208,11 @@ class _Clock:
         speed = (step - self._step) / (now - self._time)
         self._time, self._step = now, step
         return speed
+
+    def left(self, step: int, n_iters: int) -> datetime.timedelta:
+        """To the last step, at the mean pace of this launch, evaluations and snapshots included."""
+        seconds = (time.monotonic() - self._start) / (step - self._first_step)
+        return datetime.timedelta(seconds=round((n_iters - step) * seconds))
 
     def minutes_since_save(self) -> float:
         return (time.monotonic() - self._saved) / 60

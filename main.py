@@ -4,21 +4,22 @@ python main.py --config configs/toy/mog_ve.py --workdir runs/mog --mode train --
 """
 
 import errno
-import logging as std_logging
 import os
+import runpy
 import sys
 import traceback
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here; its start-up notes help nobody
-
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import hosts
-from configs.check import check_config, check_key
+import console
+import usage
+from configs.check import check_config, check_key, flatten
 from errors import UserError
+
+# jax, and all that needs it, is imported once the flags are known to be right: --help and a wrong flag do not wait.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here; its start-up notes help nobody
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Config file; override a key with --config.a.b=c.")
@@ -26,9 +27,8 @@ flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, samp
 flags.DEFINE_enum(
     "mode",
     None,
-    ["train", "eval", "train_deq", "stats"],
-    "train: the score model. eval: its likelihoods, samples and metrics. train_deq: a variational dequantiser of it. "
-    "stats: statistics of the training images for FID and KID (no workdir).",
+    list(usage.MODES),
+    "What to do with the model.",
 )
 flags.DEFINE_string("eval_folder", "eval", "Folder under workdir for the results of --mode eval.")
 flags.DEFINE_string("deq_folder", "flowpp_dequantizer", "Folder under workdir of the variational dequantiser.")
@@ -39,38 +39,33 @@ flags.DEFINE_string("compilation_cache", "~/.cache/mle_score_ode", "Folder of co
 flags.mark_flags_as_required(["config", "mode"])
 
 
-def set_up_logging(workdir: Path, to_file: bool) -> None:
-    """Progress to the console and, of the first host, appended to `workdir/stdout.txt`."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = std_logging.FileHandler(workdir / "stdout.txt") if to_file else std_logging.NullHandler()
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
-    file.setFormatter(std_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    std_logging.getLogger().addHandler(file)
-    logging.set_verbosity(logging.INFO)
-    for name in ("jax", "orbax", "tensorboardX"):  # they tell of every step they take
-        std_logging.getLogger(name).setLevel(std_logging.WARNING)
-    logging.get_absl_handler().addFilter(_from_this_project)
-    file.addFilter(_from_this_project)
-
-
-def _from_this_project(record: std_logging.LogRecord) -> bool:
-    """orbax and grain log their routine through absl as well; their warnings stay."""
-    return record.levelno >= std_logging.WARNING or "site-packages" not in record.pathname
-
-
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs on disk, so that a second launch starts in a fraction of the time."""
+    import jax
+
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def log_config() -> None:
+    """The config file, and what the command line changes of it."""
+    flag = FLAGS["config"]
+    path, overrides = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+    in_file = flatten(runpy.run_path(path)["get_config"]()) if overrides else {}
+    changes = [f"{key}={value!r} (file: {in_file.get(key)!r})" for key, value in overrides.items()]
+    logging.info("config %s%s", path, f" with {', '.join(changes)}" if changes else "")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
     check_config(FLAGS.config)
+    console.quieten_libraries()
+    import jax
+
+    import hosts
+
     hosts.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     use_compilation_cache(FLAGS.compilation_cache)
     if FLAGS.mode == "stats":
@@ -86,9 +81,10 @@ def main(argv: list[str]) -> None:
     workdir = Path(FLAGS.workdir)
     if FLAGS.mode != "train" and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} does not exist; --mode {FLAGS.mode} needs the workdir of a training run")
-    set_up_logging(workdir, jax.process_index() == 0)
-    import run_lib  # late: a wrong flag should not wait for the libraries
+    console.set_up_logging(workdir, jax.process_index() == 0)
+    import run_lib
 
+    log_config()
     if FLAGS.mode == "train":
         run_lib.train(FLAGS.config, workdir)
     elif FLAGS.mode == "train_deq":
@@ -98,7 +94,15 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, with one line in place of a traceback where a config file or an override is wrong."""
+    """absl's parsing, with one line in place of a traceback where a config file or an override is wrong.
+
+    Answers --help (not --helpfull, which stays absl's) with this project's own text and ends the program.
+    """
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        ours = FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("mode"))
+        described = {f.name: f.help + (f" [{f.default}]" if f.default is not None else "") for f in ours}
+        print(usage.help_text(described, Path(__file__).parent))
+        sys.exit(0)
     try:
         rest = FLAGS(argv)
         path = config_flags.get_config_filename(FLAGS["config"])
@@ -111,7 +115,18 @@ def parse_flags(argv: list[str]) -> list[str]:
                 check_key(argument.removeprefix("--config.").partition("=")[0])
         raise UserError(f"a flag names the unknown config key {error}") from error
     except (flags.Error, TypeError, ValueError) as error:
+        if "must have a value other than None" in str(error):
+            missing = " and ".join(f"--{name}" for name in ("config", "mode") if f"--{name}=None" in str(error))
+            raise UserError(f"{missing} must be given; python main.py --help tells how") from error
         raise UserError(" ".join(str(error).split())) from error
+
+
+def _abandon(message: str) -> None:
+    """`hosts.abandon`, if this process has come as far as joining others."""
+    if "hosts" in sys.modules:
+        import hosts
+
+        hosts.abandon(message)
 
 
 _FAULTS_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
@@ -127,16 +142,16 @@ def one_line(fn):
             line = f"error: {error}"
         except OSError as error:
             if error.errno not in _FAULTS_OF_THE_DISK:
-                hosts.abandon(traceback.format_exc())
+                _abandon(traceback.format_exc())
                 raise
             where = error.filename or "a file of the run"
             line = (
                 f"error: {where} cannot be written: {error.strerror}; make room or the folder writable, and run again"
             )
         except Exception:
-            hosts.abandon(traceback.format_exc())
+            _abandon(traceback.format_exc())
             raise
-        hosts.abandon(line)
+        _abandon(line)
         sys.exit(line)
 
     return wrapped

@@ -85,13 +85,26 @@ def build(config: Config) -> Parts:
             f"training.batch_size={size} on {devices} device(s) does not fall into "
             f"training.num_microbatches={parts} equal parts; let that divide {size // devices}"
         )
-    return Parts(
-        config,
-        sde_lib.from_config(config),
-        datasets.load(config.data),
-        models.create_model(config),
-        losses.get_optimizer(config.optim),
-    )
+    sde, model, optimizer = sde_lib.from_config(config), models.create_model(config), losses.get_optimizer(config.optim)
+    dataset = datasets.load(config.data)
+    _check_kind(config, model, dataset)
+    return Parts(config, sde, dataset, model, optimizer)
+
+
+def _check_kind(config: Config, model: nn.Module, dataset: datasets.Dataset) -> None:
+    """UserError if images go into a network of points, points into one of images, or points are to be dequantised."""
+    kinds = {True: "images", False: "points"}
+    takes_images = getattr(model, "takes_images", dataset.is_image)
+    if takes_images != dataset.is_image:
+        raise UserError(
+            f"model.name={config.model.name!r} takes {kinds[takes_images]}, but data.dataset={config.data.dataset!r} "
+            f"has {kinds[dataset.is_image]}; of ours, ncsnpp takes images and mlp points"
+        )
+    if config.eval.dequantizer and not dataset.is_image:
+        raise UserError(
+            f"eval.dequantizer=True with data.dataset={config.data.dataset!r}: points are continuous; "
+            "set eval.dequantizer=False"
+        )
 
 
 def all_devices() -> list:
@@ -112,6 +125,12 @@ def replicate(tree, devices: list | None = None):
 def first(tree):
     """The copy of this host's first device, on the host."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
+
+
+def on_this_host(x: jax.Array) -> np.ndarray:
+    """[local devices * b], of a pmap's result [devices, b]."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data).reshape(-1) for shard in shards])
 
 
 def shard(x: np.ndarray) -> np.ndarray:

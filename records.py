@@ -3,14 +3,14 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from errors import UserError
+from trackers import Tracker
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,30 +39,48 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard. Opened at a step, it forgets what an interrupted run logged after that step."""
+    """What a run logs: `metrics.jsonl` and the trackers. Opened at a step, it forgets what was logged after that step.
 
-    def __init__(self, workdir: Path, step: int):
+    The one writer of the training loops, to be opened by one process of a run.
+    """
+
+    def __init__(self, workdir: Path, step: int, trackers: Sequence[Tracker] = ()):
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = (line for line in lines if line.endswith("\n"))  # a killed run may have left half a line
         path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._trackers = trackers
 
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Numbers by name, to all."""
         self.note(step, split, values)
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        finite = {f"{split}/{name}": value for name, value in values.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.scalars(step, finite)
 
-    def note(self, step: int, split: str, values: dict[str, Any]) -> None:
+    def note(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """A line of `metrics.jsonl` alone; a number that is not finite, which JSON lacks, is null there."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
 
+    def image(self, step: int, split: str, name: str, png: bytes) -> None:
+        """A picture, as a PNG, to the trackers."""
+        for tracker in self._trackers:
+            tracker.image(step, f"{split}/{name}", png)
+
+    def histograms(self, step: int, split: str, values: Mapping[str, np.ndarray]) -> None:
+        """The finite ones of values [N], by name, to the trackers; nothing of those that are all zero."""
+        for name, array in values.items():
+            kept = array[np.isfinite(array)]
+            if np.any(kept):
+                for tracker in self._trackers:
+                    tracker.histogram(step, f"{split}/{name}", kept)
+
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class Pending:

@@ -145,7 +145,7 @@ def command(workdir: Path, run: Run, mode: str, *overrides: str, eval_folder: st
 
 
 def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -> None:
-    """Trains and evaluates a run, unless its results are there. A mark in its folder says that an evaluation is whole."""
+    """Trains and evaluates a run, unless its results are there. A mark says that an evaluation is whole."""
     start = []
     if run.after is not None:
         if predecessor is not None:
@@ -153,7 +153,7 @@ def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -
         checkpoints = workdir / run.after.folder / "checkpoints"
         numbers = [int(path.name.rpartition("_")[2]) for path in checkpoints.glob("checkpoint_*")]
         if not numbers:
-            raise UserError(f"{checkpoints} has no checkpoint for {run.folder} to start from; run {run.after.experiment}")
+            raise UserError(f"{checkpoints} has no checkpoint for {run.folder}; run {run.after.experiment} first")
         start = [f"training.init_from={checkpoints / f'checkpoint_{max(numbers)}'}"]
     marks = [workdir / run.folder / folder / "whole" for folder, _ in run.evaluations]
     if not all(mark.exists() for mark in marks):

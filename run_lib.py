@@ -13,6 +13,7 @@ from absl import logging
 import checkpoints
 import datasets
 import dequantization
+import launch
 import loop
 import losses
 import report
@@ -22,11 +23,11 @@ from errors import UserError
 from evaluators import EVALUATORS
 from evaluators.context import Context
 from evaluators.dequantized import uniform, variational
-from evaluators.samples import count_failed, sampler
 from locks import workdir_lock
 from models.flowpp import create_dequantizer
-from parts import Config, Parts, all_devices, build, dequantizer_state, digest, replicate, shard
-from records import read_json, write_json, write_npz
+from parts import Config, Parts, all_devices, build, dequantizer_state, digest, on_this_host, replicate, shard
+from records import read_json, write_json
+from snapshots import sample_saver
 
 
 def unrolled(step_fn, state, xs):
@@ -38,7 +39,7 @@ def unrolled(step_fn, state, xs):
     return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
-def pmapped_steps(step_fn_of, is_image: bool, frozen: Any = ()):
+def pmapped_steps(step_fn_of, is_image: bool, frozen: Any = ()) -> loop.Steps:
     """(state, x [devices, n, b, ...]) -> (state, metrics [devices, n]): n steps of `step_fn_of(frozen)`.
 
     frozen: parameters that do not change, an argument of the program because as constants they would swell it.
@@ -51,8 +52,7 @@ def pmapped_steps(step_fn_of, is_image: bool, frozen: Any = ()):
     def steps(state, x, frozen):
         return scan(step_fn_of(frozen), state, x)
 
-    copies = replicate(frozen)
-    return lambda state, x: steps(state, x, copies)
+    return loop.Steps(steps, replicate(frozen))
 
 
 def _snapshot_number(config, step: int) -> int:
@@ -65,13 +65,17 @@ def _resume(
 ) -> tuple[losses.TrainState, dict] | None:
     """State and record of the newest readable checkpoint of a run's folder, of resuming ones before kept ones.
 
-    fixed: config keys that may not differ from the checkpoint's, beside those of `check_resumed`.
+    fixed: config keys that may not differ from the checkpoint's, beside those of `check_resumed`. UserError if one
+    does, or if the newest is a file of the public code.
     """
     for folder in ("checkpoints-meta", "checkpoints"):
         if (newest := checkpoints.newest_readable(directory / folder)) is not None:
             path, restored = newest
             if not restored.record:
-                continue  # a file of the public code: it starts a run by training.init_from, and resumes none
+                raise UserError(
+                    f"{path} is of the public code, whose runs are not resumed: train in a new --workdir with "
+                    f"--config.training.init_from={path} (--mode train_deq: in a new --deq_folder, from the start)"
+                )
             check_resumed(config, restored.record["config"], path, fixed)
             logging.info("resuming from %s", path)
             return checkpoints.into(target, restored.state, path), restored.record
@@ -102,10 +106,10 @@ def _init_from(training: Config, state: losses.TrainState) -> losses.TrainState:
 
 
 def _eval_fn(parts: Parts, loss_fn_of, frozen: Any = (), **options: Any):
-    """(state) -> mean terms of `loss_fn_of(frozen)` on the first test examples: a batch of images, eight of points.
+    """(state) -> terms of `loss_fn_of(frozen)` on the first test examples: a batch of images, eight of points.
 
-    The same examples, times, noise and probes every time, so that the curve shows the network and not the draw.
-    options: of `datasets.eval_batch`.
+    Their means, and the terms of each of this host's examples [b]. The same examples, times, noise and probes every
+    time, so that the curve shows the network and not the draw. options: of `datasets.eval_batch`.
     """
     config = parts.config
     devices = jax.device_count()
@@ -119,13 +123,14 @@ def _eval_fn(parts: Parts, loss_fn_of, frozen: Any = (), **options: Any):
     @functools.partial(jax.pmap, axis_name="batch", devices=all_devices())
     def terms(params, model_state, x, index, frozen):
         _, values = loss_fn_of(frozen)(params, model_state, x, index, jax.random.PRNGKey(config.seed))
-        return jax.lax.pmean(jax.tree.map(jnp.mean, values), "batch")
+        return jax.lax.pmean(jax.tree.map(jnp.mean, values), "batch"), values
 
     x, index, copies = shard(x), shard(index.astype(np.int32)), replicate(frozen)
 
     def evaluate(state):
-        values = terms(state.ema_params, state.model_state, x, index, copies)
-        return {name: float(value.addressable_data(0)[0]) for name, value in values.items()}
+        means, values = terms(state.ema_params, state.model_state, x, index, copies)
+        means = {name: float(value.addressable_data(0)[0]) for name, value in means.items()}
+        return means, {name: on_this_host(value) for name, value in values.items()}
 
     return evaluate
 
@@ -142,14 +147,14 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
         training = config.training
         state = parts.init_state()
         state, record = _resume(config, workdir, state) or (_init_from(training, state), {})
-        if jax.process_index() == 0:
-            write_json(workdir / "config.json", config.to_dict())
+        launch.record(workdir, config, int(state.step))
         loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
         plain_loss_fn = losses.get_loss_fn(training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
         step_fn = losses.get_step_fn(
             loss_fn, parts.optimizer, config.model.ema_rate, num_microbatches=training.num_microbatches
         )
-        _log_start(parts, state, f"{config.model.name}, order {training.score_matching_order}", training.n_iters)
+        order = training.score_matching_order
+        launch.log_start(parts, state, f"{config.model.name}, order {order}", training.n_iters)
         job = loop.Job(
             config=config,
             directory=workdir,
@@ -159,8 +164,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             p_step=pmapped_steps(lambda _: step_fn, parts.dataset.is_image),
             n_iters=training.n_iters,
             eval_fn=_eval_fn(parts, lambda _: plain_loss_fn, dequantize=config.data.uniform_dequantization),
-            on_snapshot=_sample_saver(parts, workdir) if training.snapshot_sampling else None,
-            shown=("loss", "first", "second", "third", "grad_norm"),
+            on_snapshot=sample_saver(parts, workdir) if training.snapshot_sampling else None,
             snapshot_number=functools.partial(_snapshot_number, config),
         )
         return _run(job)
@@ -190,8 +194,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
                 f"{directory} has a dequantiser of another score model than {path}; set another --deq_folder"
             )
         state, record = resumed or (_init_dequantizer(parts, model), {})
-        if jax.process_index() == 0:
-            write_json(directory / "config.json", config.to_dict())
+        launch.record(directory, config, int(state.step))
 
         def loss_fn_of(frozen, train=True):
             loss_fn = dequantization.get_loss_fn(
@@ -209,7 +212,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
         def step_fn_of(frozen):
             return losses.get_step_fn(loss_fn_of(frozen), parts.optimizer, config.deq.ema_rate)
 
-        _log_start(parts, state, f"the dequantiser {config.deq.network} of {path}", config.deq.n_iters)
+        launch.log_start(parts, state, f"the dequantiser {config.deq.network} of {path}", config.deq.n_iters)
         job = loop.Job(
             config=config,
             directory=directory,
@@ -220,7 +223,6 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
             n_iters=config.deq.n_iters,
             eval_fn=_eval_fn(parts, functools.partial(loss_fn_of, train=False), frozen, dequantize=False, scale=False),
             facts=facts,
-            shown=("loss", "bound", "log_q", "grad_norm"),
             snapshot_number=functools.partial(_snapshot_number, config),
         )
         return _run(job)
@@ -246,8 +248,15 @@ def _run(job: loop.Job) -> losses.TrainState:
     """The loop, and where it left things."""
     state = loop.run(job)
     if jax.process_index() == 0:
-        logging.info("at step %d; checkpoints in %s", int(state.step), job.directory / "checkpoints")
-        logging.info("report: %s", report.write_report(job.directory))
+        folder = job.directory
+        places = {
+            "checkpoints": f"{folder / 'checkpoints'} (kept), {folder / 'checkpoints-meta'} (to resume from)",
+            "metrics": f"{folder / 'metrics.jsonl'}; tensorboard --logdir {folder / 'tensorboard'}",
+            **({"samples": str(folder / "samples")} if job.on_snapshot else {}),
+            "report": str(report.write_report(folder)),
+        }
+        done = int(state.step) >= job.n_iters
+        launch.log_end(f"{'done' if done else 'stopped'} at step {int(state.step)} of {job.n_iters}", places)
     return state
 
 
@@ -260,43 +269,6 @@ def _train_loader(parts: Parts, data_config: Config):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def _log_start(parts: Parts, state: losses.TrainState, what: str, n_iters: int) -> None:
-    logging.info(
-        "training %s on %s: %s parameters, batch %d on %d %s device(s) of %d host(s), steps %d to %d",
-        what,
-        parts.dataset.name,
-        f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
-        parts.config.training.batch_size,
-        jax.device_count(),
-        jax.default_backend(),
-        jax.process_count(),
-        int(state.step),
-        n_iters,
-    )
-
-
-def _sample_saver(parts: Parts, workdir: Path, count: int = 64):
-    """(state, step) -> None: writes `samples/step_<step>`."""
-    draw = sampler(parts)
-    devices = jax.local_devices()
-    padded = math.ceil(count / len(devices)) * len(devices)
-
-    def save_samples(state: losses.TrainState, step: int) -> None:
-        params, model_state = jax.tree.map(lambda x: x.addressable_data(0)[0], (state.ema_params, state.model_state))
-        keys = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), step)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, jnp.arange(padded))
-        samples, _ = draw(replicate(params, devices), replicate(model_state, devices), keys)
-        samples, path = samples[:count], workdir / "samples" / f"step_{step:08d}"
-        if failed := count_failed(samples):
-            logging.warning("the sampler failed on %d of %d samples of step %d", failed, len(samples), step)
-        if parts.dataset.is_image:
-            report.save_image_grid(path.with_suffix(".png"), samples)
-        else:
-            write_npz(path.with_suffix(".npz"), samples=samples)
-
-    return save_samples
 
 
 def evaluate(
@@ -319,6 +291,7 @@ def evaluate(
         wanted = {name: make for name, make in EVALUATORS.items() if settings[name]}
         evaluators = [make(parts, dequantizer) for make in wanted.values()]
         target = parts.init_state()
+        launch.log_evaluation(parts, target, list(numbers), list(wanted))
         results = []
         for number in numbers:
             path = checkpoints.find(workdir / "checkpoints", number, settings.wait_for_checkpoints_s)
@@ -329,7 +302,8 @@ def evaluate(
                 results.append(_write_result(out / f"report_{context.number}.json", result))
         if jax.process_index() == 0:
             print(report.results_table(results), flush=True)
-            logging.info("results in %s; report: %s", out, report.write_report(workdir, eval_folder=eval_folder))
+            page = report.write_report(workdir, eval_folder=eval_folder)
+            launch.log_end("evaluated", {"results": f"{out}/report_<checkpoint>.json, *.npz", "report": str(page)})
         return results
 
 

@@ -46,6 +46,11 @@ class SDE:
         """Standard deviation of the prior that stands in for the marginal at T."""
         return 1.0
 
+    @property
+    def conditions_on_sigma(self) -> bool:
+        """Whether the U-Net is told sigma(t), for noise that spans orders of magnitude, instead of 999 t."""
+        return False
+
     def log_alpha(self, t: Array) -> Array:
         """Logarithm of the coefficient of x_0 in the mean of x_t, elementwise in t."""
         raise NotImplementedError
@@ -187,6 +192,10 @@ class VESDE(SDE):
     @property
     def prior_std(self) -> float:
         return self.sigma_max
+
+    @property
+    def conditions_on_sigma(self) -> bool:
+        return not self.linear  # as in the public code
 
     def log_alpha(self, t: Array) -> Array:
         return jnp.zeros_like(t)

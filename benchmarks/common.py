@@ -1,6 +1,7 @@
 """What the benchmarks share: the network that they measure, its training step, and timing side by side."""
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -45,6 +46,16 @@ def ddpmpp_config(order: int, size: int = 16, **model: Any) -> Any:
     config.data.image_size = size
     config.model.update({"nf": 32, "ch_mult": (1, 2, 2), "num_res_blocks": 2, **model})
     return config
+
+
+def config_of(path: str) -> Any:
+    """What the config file's `get_config` gives."""
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"error: {path} is not a config file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def compiled(fun: Callable, *args: Any, **options: Any) -> Program:

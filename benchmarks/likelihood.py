@@ -12,7 +12,6 @@ init_scale 1 on 16x16x3 images. The last line is the ratio; with --json one obje
 
 import argparse
 import functools
-import importlib.util
 import json
 import math
 import statistics
@@ -31,6 +30,7 @@ import datasets
 import likelihood
 import parts
 import sde_lib
+from benchmarks import common
 from configs.default_configs import get_default_configs, use_ddpmpp
 from models import create_model, init_params
 from models.score import get_score_fn
@@ -76,11 +76,7 @@ def random_network(sde_name: str, batch: int) -> Problem:
 
 def trained_network(workdir: str, config_file: str, batch: int) -> Problem:
     """The EMA parameters of a run's newest checkpoint, on the first images of its test split."""
-    spec = importlib.util.spec_from_file_location("config", config_file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = common.config_of(config_file)
     built = parts.build(config)
     state = checkpoints.restore(checkpoints.find(Path(workdir) / "checkpoints", 0)).state
     x = datasets.eval_batch(built.dataset, config.data, "test", np.arange(batch), seed=config.seed, repeat=0)

@@ -1,13 +1,14 @@
 """Seconds of a training step of orders 1 to 3, and of the ways to the third order's gradient.
 
-python -m benchmarks.step [--json] [--batch 16] [--flags]
+python -m benchmarks.step [--json] [--batch 16] [--flags | --jitted 4]
 
 The third order in one graph (the public code's way: reverse mode over reverse mode over a jvp) is set against the two
 passes of Lu et al. 2022's loss: the residual r without parameter gradients, then the gradient of 2 r . grad_x(v.Jv),
 written as 2 v . d/dr d/dv s by two nested jvps. Same network, weights and batch in one run, run in turns, medians of 5.
-`--flags` measures orders 1 and 2 with other compiler settings.
+`--flags` measures orders 1 and 2 with other compiler settings; `--jitted N` N steps in one call against one by one.
 """
 
+import functools
 import math
 from unittest import mock
 
@@ -54,7 +55,11 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--flags", action="store_true")
+    parser.add_argument("--jitted", type=int, default=0, metavar="N", help="training.n_jitted_steps of orders 1 and 2")
     args = parser.parse_args()
+    if args.jitted:
+        common.report(jitted(args.batch, args.jitted), args.json)
+        return
     programs = {f"order {n}": common.train_step(common.ddpmpp_config(n), args.batch) for n in (1, 2)}
     if args.flags:
         programs |= with_flags(args.batch)
@@ -83,6 +88,23 @@ def _difference(programs: dict[str, common.Program]) -> float:
     states = [programs[name].run(*programs[name].args)[0] for name in ("order 3", "order 3, two passes")]
     one, two = (optax.tree.get(state.opt_state, "mu") for state in states)
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, one, two)) / optax.tree.norm(one))
+
+
+def jitted(batch: int, count: int) -> dict[str, float]:
+    """Seconds a step of orders 1 and 2, one a call and `count` in a scan, and the ratio."""
+    programs = {}
+    for order in (1, 2):
+        one = common.train_step(common.ddpmpp_config(order), batch)
+        state, x0 = one.args
+        loss_fn = common.loss_fn_of(common.ddpmpp_config(order))
+        config = common.ddpmpp_config(order)
+        step_fn = losses.get_step_fn(loss_fn, losses.get_optimizer(config.optim), config.model.ema_rate)
+        many = jnp.broadcast_to(x0, (count, *x0.shape))
+        programs[order, 1] = one
+        programs[order, count] = common.compiled(functools.partial(jax.lax.scan, step_fn), state, many)
+    times = common.seconds(programs)
+    rows = {f"order {order}, {n} a call": seconds / n for (order, n), seconds in times.items()}
+    return rows | {f"ratio, order {n}": times[n, count] / count / times[n, 1] for n in (1, 2)}
 
 
 def with_flags(batch: int) -> dict[str, common.Program]:

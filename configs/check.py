@@ -70,6 +70,7 @@ RULES: dict[str, Rule] = {
     "training.snapshot_minutes_for_preemption": at_least(0),
     "training.max_bad_steps": at_least(1),
     "training.init_from": ANY,
+    "training.wandb_project": ANY,
     "optim.optimizer": choice("Adam"),
     "optim.lr": POSITIVE,
     "optim.beta1": FRACTION,
@@ -154,9 +155,6 @@ RULES: dict[str, Rule] = {
     "deq.ckpt_id": at_least(0),
 }
 
-POINTS = ("mog", "checkerboard", "swissroll")
-IMAGES = ("DIGITS", "MNIST", "FASHION_MNIST", "CIFAR10", "SVHN", "CELEBA", "ImageNet", "LSUN")
-
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{'training.batch_size': 128, ...} of a nested config."""
@@ -164,6 +162,19 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat.update(flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value})
     return flat
+
+
+def differences(config: Any, base: Any) -> dict[str, tuple[Any, Any]]:
+    """{'training.batch_size': (value in base, value in config), ...} of the keys of both that differ.
+
+    Either may come from a JSON file, where a tuple is a list.
+    """
+    flat, other = flatten(config), flatten(base)
+    return {key: (other[key], flat[key]) for key in flat if key in other and not _same(other[key], flat[key])}
+
+
+def _same(a: Any, b: Any) -> bool:
+    return list(a) == list(b) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else a == b
 
 
 def check_key(key: str) -> None:
@@ -226,22 +237,11 @@ def _model_conflicts(c: dict[str, Any]) -> Iterator[str]:
         yield f"{_pair(c, 'model.sigma_min', 'model.sigma_max')}: noise must grow; set sigma_min below sigma_max"
     if c["model.beta_min"] > c["model.beta_max"]:
         yield f"{_pair(c, 'model.beta_min', 'model.beta_max')}: set beta_min at or below beta_max"
-    model, pair = c["model.name"].lower(), _pair(c, "model.name", "data.dataset")
-    if model == "mlp" and c["data.dataset"] in IMAGES:
-        yield f"{pair}: the MLP takes points, not images; set model.name=ncsnpp"
-    if model == "ncsnpp" and c["data.dataset"] in POINTS:
-        yield f"{pair}: the U-Net takes images, not points; set model.name=mlp"
-    if model == "ncsnpp":
+    if c["model.name"].lower() == "ncsnpp":
         yield from _ncsnpp_conflicts(c)
 
 
 def _ncsnpp_conflicts(c: dict[str, Any]) -> Iterator[str]:
-    sde = c["training.sde"].lower()
-    if sde == "vesde" and c["model.embedding_type"].lower() == "positional":
-        pair = _pair(c, "model.embedding_type", "training.sde")
-        yield f"{pair}: it embeds a time, and vesde gives sigma; set model.embedding_type=fourier"
-    if c["model.scale_by_sigma"] and sde in ("vpsde", "subvpsde", "linearvesde"):
-        yield f"{_pair(c, 'model.scale_by_sigma', 'training.sde')}: for vesde alone; set model.scale_by_sigma=False"
     size, ch_mult = c["data.image_size"], tuple(c["model.ch_mult"])
     halvings = len(ch_mult) - 1
     if size % 2**halvings:
@@ -287,5 +287,3 @@ def _eval_conflicts(c: dict[str, Any]) -> Iterator[str]:
     if c["eval.num_probes"] > 1 and c["eval.hutchinson_type"] == "exact":
         pair = _pair(c, "eval.num_probes", "eval.hutchinson_type")
         yield f"{pair}: an exact trace has no probe; set eval.num_probes=1 or eval.hutchinson_type=rademacher"
-    if c["eval.dequantizer"] and c["data.dataset"] in POINTS:
-        yield f"{_pair(c, 'eval.dequantizer', 'data.dataset')}: points are continuous; set eval.dequantizer=False"

@@ -35,6 +35,7 @@ def get_default_configs() -> ConfigDict:
     training.snapshot_sampling = True
     training.init_from = ""  # a checkpoint, ours or of the public code, whose parameters and EMA a new run starts with
     training.init_optimizer = False  # also its Adam moments, count and step
+    training.wandb_project = ""  # a project of Weights & Biases to log to as well (pip install wandb); empty: none
 
     config.optim = optim = ConfigDict()
     optim.optimizer = "Adam"

@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import logging
 
-from configs.check import flatten
+from configs.check import differences
 from errors import UserError
 
 # With another value of these the saved state would mean something else, or the data would come in another order.
@@ -20,16 +20,15 @@ _FIXED = (
     "data.dim",
 )
 _FREE_OF_MODEL = ("model.ema_rate", "model.dropout", "model.remat", "model.dtype")
-_BY_MACHINE = ("data.dir",)
+_BY_MACHINE = ("data.dir", "training.wandb_project")
 
 
 def check_resumed(config: Any, saved: dict[str, Any], where: Any, fixed_too: tuple[str, ...] = ()) -> None:
     """UserError if a key that must stay differs from the checkpoint's config; tells of the others that differ."""
-    now, then = flatten(config), flatten(saved)
-    differing = {key: (then[key], now[key]) for key in now if key in then and not _same(then[key], now[key])}
+    differing = differences(config, saved)
     fixed = [key for key in differing if key in (*_FIXED, *fixed_too) or _shapes_the_network(key)]
     if fixed:
-        listed = "; ".join(f"{key} was {then[key]!r} and is {now[key]!r}" for key in fixed)
+        listed = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in differing.items() if key in fixed)
         raise UserError(
             f"checkpoint {where} was made with another config: {listed}. Use that one, or another --workdir"
         )
@@ -40,7 +39,3 @@ def check_resumed(config: Any, saved: dict[str, Any], where: Any, fixed_too: tup
 
 def _shapes_the_network(key: str) -> bool:
     return key.startswith("model.") and key not in _FREE_OF_MODEL
-
-
-def _same(a: Any, b: Any) -> bool:
-    return list(a) == list(b) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else a == b

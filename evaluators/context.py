@@ -45,6 +45,11 @@ def settings_of(config: Any, *keys: str) -> dict[str, Any]:
     return {key: config[key] for key in keys}
 
 
+def settings_except(config: Any, *keys: str) -> dict[str, Any]:
+    """All keys of a config section that is handed on as a whole, a new one too, but those that cannot matter."""
+    return {key: value for key, value in config.to_dict().items() if key not in keys}
+
+
 def per_example(fn: Callable, size: int) -> Callable:
     """fn(params, model_state, *arrays [b, ...]) -> pytree of [b, ...] numpy arrays, over this process's devices.
 

@@ -62,4 +62,5 @@ def variational(parts: Parts, directory: Path) -> Dequantizer:
         x, log_q = programs[examples.size](params, {}, image, index, np.full_like(index, repeat))
         return repeat, x, index, log_q
 
-    return Dequantizer(batch, {"dequantization": "variational", "dequantizer": digest(state.ema_params)})
+    settings = {"network": config.deq.network, "dequantizer": digest(state.ema_params)}
+    return Dequantizer(batch, {"dequantization": "variational", **settings})

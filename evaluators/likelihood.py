@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import evaluation
+import fokker_planck
 import likelihood
 from errors import UserError
 from evaluators.context import Context, Evaluator, per_example, round_up, settings_of, split, split_name
@@ -109,12 +111,13 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
 
 
 def _density(parts: Parts) -> Evaluator:
-    """The model's density on a grid and, where the data's is known, its exact NLL by quadrature."""
+    """The ODE's density on a grid and, where the data's is known, its exact NLL by quadrature; in 1-D the SDE's too."""
     config = parts.config.eval
     points, cell, data = evaluation.density_grid(parts.dataset)
     size = min(config.batch_size, round_up(len(points)))
     log_likelihood_fn = log_likelihood(parts, size)
     settings = {"points": len(points), "size": size, **settings_of(config, *_SETTINGS)}
+    sde_density = _sde_density(parts, points[:, 0].astype(np.float64), float(data.std()))
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
@@ -128,7 +131,31 @@ def _density(parts: Parts) -> Evaluator:
         if parts.dataset.log_prob is not None:
             arrays["true_logp"] = parts.dataset.log_prob(points)
             result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], cell)
+            if points.shape[1] == 1:
+                arrays["sde_logp"] = sde_logp = sde_density(context)
+                of_sde = evaluation.quadrature_nll(sde_logp, arrays["true_logp"], cell)
+                result |= {f"sde_{name}": of_sde[name] for name in ("exact_nll", "kl", "model_mass")}
         context.write("density", **arrays)
         return result
+
+    return evaluate
+
+
+def _sde_density(parts: Parts, x: np.ndarray, data_std: float) -> Callable[[Context], np.ndarray]:
+    """The log density [M], in nats, of the reverse SDE at x [M]; its score network takes the Fokker-Planck grid."""
+    cells = 4000
+    eps = parts.config.training.smallest_time
+    score = per_example(
+        lambda params, model_state, x, t: parts.score_fn(params, model_state)(x, t), round_up(cells + 1)
+    )
+
+    def evaluate(context: Context) -> np.ndarray:
+        def unit(_: int) -> dict[str, np.ndarray]:
+            score_fn = functools.partial(score, context.params, context.model_state)
+            options = {"eps": eps, "data_std": data_std, "cells": cells}
+            return {"logp": fokker_planck.reverse_sde_log_density(parts.sde, score_fn, x, **options)}
+
+        settings = {"cells": cells, "data_std": data_std, "points": len(x)}
+        return context.units("sde_density", settings).run(1, unit)[0]["logp"]
 
     return evaluate

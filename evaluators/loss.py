@@ -7,18 +7,26 @@ import numpy as np
 
 import evaluation
 import losses
-from evaluators.context import Context, Evaluator, per_example, settings_of, split
+from evaluators.context import Context, Evaluator, per_example, settings_except, split
 from evaluators.dequantized import Dequantizer
 from parts import Parts
 
-_SETTINGS = (
-    "score_matching_order",
-    "second_order_weight",
-    "third_order_weight",
-    "exact_jacobian",
-    "reduce_mean",
-    "likelihood_weighting",
-    "importance_weighting",
+# What of `config.training` the loss of an example under given parameters cannot depend on.
+CANNOT_MATTER = (
+    "batch_size",
+    "num_microbatches",
+    "n_iters",
+    "n_jitted_steps",
+    "log_freq",
+    "eval_freq",
+    "snapshot_freq",
+    "snapshot_freq_for_preemption",
+    "snapshot_minutes_for_preemption",
+    "snapshot_sampling",
+    "max_bad_steps",
+    "init_from",
+    "init_optimizer",
+    "wandb_project",
 )
 
 
@@ -40,7 +48,7 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
             _, x, index = examples.batch(k, dequantize=dequantize)
             return terms_fn(context.params, context.model_state, x, index)
 
-        settings = {**examples.settings, **settings_of(config.training, *_SETTINGS)}
+        settings = {**examples.settings, **settings_except(config.training, *CANNOT_MATTER)}
         rows = context.units("loss", settings).run(examples.num_units, unit, "loss, test split")
         terms = {name: examples.stacked(rows, name) for name in rows[0]}
         context.write("loss", **terms)

@@ -10,21 +10,15 @@ import evaluation
 import report
 import sampling
 from errors import UserError
-from evaluators.context import Context, Evaluator, round_up, settings_of
+from evaluators.context import Context, Evaluator, round_up, settings_except
 from evaluators.dequantized import Dequantizer
 from parts import Parts, shard
 
-_PC_SETTINGS = (
-    "method",
-    "smallest_time",
-    "predictor",
-    "corrector",
-    "n_steps_each",
-    "noise_removal",
-    "probability_flow",
-    "snr",
-)
-_ODE_SETTINGS = ("method", "smallest_time", "noise_removal", "rtol", "atol")
+# What of `config.sampling` the one kind of sampler does not read.
+CANNOT_MATTER = {
+    "ode": ("predictor", "corrector", "n_steps_each", "probability_flow", "snr"),
+    "pc": ("rtol", "atol"),
+}
 
 
 def sampler(parts: Parts):
@@ -63,9 +57,7 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
     size, count = min(config.batch_size, round_up(config.num_samples)), config.num_samples
     draw = sampler(parts)
     name = _name(parts.config.sampling)
-    settings = settings_of(
-        parts.config.sampling, *(_ODE_SETTINGS if parts.config.sampling.method.lower() == "ode" else _PC_SETTINGS)
-    )
+    settings = settings_except(parts.config.sampling, *CANNOT_MATTER[parts.config.sampling.method.lower()])
     metrics = _metrics(parts) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
 
     def evaluate(context: Context) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The score networks, by the name that `config.model.name` gives them.
 
 A new network is one function from config to module and one line in MODELS. The module says by its attributes
-`conditioning` and `predicts_score` how `models.score.get_score_fn` makes a score of it.
+`conditioning` and `predicts_score` how `models.score.get_score_fn` makes a score of it and, by `takes_images`, whether
+it is one of images or of points; one of both leaves that out.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def _ncsnpp(config: Any) -> NCSNpp:
         ch_mult=tuple(model.ch_mult),
         num_res_blocks=model.num_res_blocks,
         attn_resolutions=tuple(model.attn_resolutions),
-        conditioning="sigma" if config.training.sde.lower() == "vesde" else "scaled_time",
+        conditioning="sigma" if sde_lib.from_config(config).conditions_on_sigma else "scaled_time",
         centered=config.data.centered,
         nonlinearity=model.nonlinearity.lower(),
         dropout=float(model.dropout),

@@ -28,6 +28,7 @@ class MLP(nn.Module):
 
     conditioning = "time"
     predicts_score = False
+    takes_images = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"], t: Float[Array, "B"], train: bool = False) -> Float[Array, "B D"]:

@@ -84,15 +84,23 @@ class NCSNpp(nn.Module):
     remat: bool = False
     dtype: str = "float32"
 
+    takes_images = True
+
     def __post_init__(self) -> None:
         for field, allowed in OPTIONS.items():
             value = getattr(self, field)
             if value not in allowed:
                 raise UserError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}")
         if self.conditioning == "sigma" and self.embedding_type == "positional":
-            raise UserError("model.embedding_type='positional' embeds a time, and vesde gives sigma; use fourier")
+            raise UserError(
+                "model.embedding_type='positional' embeds a time, but of this training.sde the network is told sigma; "
+                "set model.embedding_type=fourier"
+            )
         if self.conditioning != "sigma" and self.scale_by_sigma:
-            raise UserError("model.scale_by_sigma=True is for training.sde='vesde' alone; set it to False")
+            raise UserError(
+                "model.scale_by_sigma=True divides by sigma, but of this training.sde the network is told the time; "
+                "set model.scale_by_sigma=False"
+            )
         if self.conv_size < 1 or self.conv_size % 2 == 0:
             raise UserError(f"model.conv_size={self.conv_size} must be odd and positive")
         super().__post_init__()

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 import fisher_plot
 import plots
+import run_files
 from diagnostics import FisherCurves
 from errors import UserError
 
@@ -24,7 +25,7 @@ def run(tmp_path):
     (tmp_path / "eval").mkdir()
     times = np.linspace(1e-3, 1, 30)
     np.savez(tmp_path / "eval/fisher_2.npz", **curves(times, FisherCurves._fields))
-    return plots.load(tmp_path)
+    return run_files.load(tmp_path)
 
 
 def test_picture_of_the_newest_file(run):

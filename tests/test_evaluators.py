@@ -14,7 +14,8 @@ import run_lib
 import sde_lib
 from configs.default_configs import get_default_configs
 from errors import UserError
-from evaluators import EVALUATORS
+from evaluators import EVALUATORS, loss
+from evaluators import samples as sampled
 from evaluators.context import Context, per_example, split
 from evaluators.dequantized import uniform
 from parts import Parts, replicate
@@ -96,6 +97,51 @@ def test_loss_of_an_exact_score(gaussian):
     saved = np.load(context.file("loss"))
     assert saved["loss"].shape == (1, 301) and np.all(saved["third"] > 0)
     np.testing.assert_allclose(saved["loss"], saved["first"] + saved["second"] + saved["third"], rtol=1e-5)
+
+
+def units_of(kind, context):
+    return {path.name for path in (context.out / "units").glob(f"{kind}_*")}
+
+
+def test_a_new_key_of_the_loss_is_not_read_back_from_another_setting(gaussian, monkeypatch):
+    parts, context = gaussian
+    original = losses.get_loss_fn
+
+    def scaled(training, *args):  # what a newcomer adds: a key that the loss reads
+        return lambda *call: jax.tree.map(lambda x: training.scale * x, original(training, *args)(*call))
+
+    monkeypatch.setattr(losses, "get_loss_fn", scaled)
+    parts.config.training.update(score_matching_order=1, exact_jacobian=False)
+    parts.config.eval.num_examples = 8
+    means = []
+    for scale in (1.0, 2.0):
+        with parts.config.unlocked():
+            parts.config.training.scale = scale
+        means.append(EVALUATORS["enable_loss"](parts, uniform())(context)["loss"]["loss"]["mean"])
+    assert means[1] == pytest.approx(2 * means[0])
+    before = units_of("loss", context)
+    assert set(loss.CANNOT_MATTER) <= set(parts.config.training)
+    parts.config.training.update(n_iters=7, wandb_project="mine", batch_size=3)
+    EVALUATORS["enable_loss"](parts, uniform())(context)
+    assert units_of("loss", context) == before and len(before) == 2
+
+
+@pytest.mark.parametrize(("method", "ignored"), [("ode", "snr"), ("pc", "rtol")])
+def test_samples_are_told_apart_by_every_key_that_their_sampler_reads(gaussian, monkeypatch, method, ignored):
+    parts, context = gaussian
+    sampling_config = parts.config.sampling
+    sampling_config.method = method
+    assert {key for keys in sampled.CANNOT_MATTER.values() for key in keys} < set(sampling_config)
+    monkeypatch.setattr(sampled, "sampler", lambda parts: lambda p, s, keys: (np.zeros((len(keys), 3)), np.ones(1)))
+    run = EVALUATORS["enable_sampling"]
+    run(parts, uniform())(context)
+    sampling_config[ignored] = 0.3
+    run(parts, uniform())(context)
+    assert len(units_of("samples", context)) == 1
+    with parts.config.unlocked():
+        sampling_config.churn = 1.0  # what a newcomer adds
+    run(parts, uniform())(context)
+    assert len(units_of("samples", context)) == 2
 
 
 def test_samples_of_an_exact_score(gaussian):

@@ -94,6 +94,8 @@ def test_two_hosts_train_resume_and_evaluate(tmp_path, single):
     finish_two("train", workdir, 2, **TRAIN)
     assert_same_training(workdir, single)
     assert "batch 8 on 4 cpu device(s) of 2 host(s)" in outputs[0]
+    launches = json.loads((workdir / "run.json").read_text())["launches"]  # told by the first host alone
+    assert [(one["step"], one["devices"]) for one in launches] == [(n, "4 x cpu of 2 host(s)") for n in (0, 4)]
 
     finish("eval", single, **EVAL)
     os.rename(workdir / "checkpoints", workdir / "own")

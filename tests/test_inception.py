@@ -119,13 +119,19 @@ def numpy_kid(real, fake):
     return off_diagonal(kernel(real, real)) + off_diagonal(kernel(fake, fake)) - 2 * kernel(real, fake).mean()
 
 
+def numpy_kid_of_blocks(real, fake, block_size):
+    """Mean over blocks as equal as can be, the smaller ones first."""
+    count = -(-max(len(real), len(fake)) // block_size)
+    ends = [np.cumsum([(len(x) + k) // count for k in range(count - 1)]) for x in (real, fake)]
+    blocks = [np.split(x, end) for x, end in zip((real, fake), ends, strict=True)]
+    return np.mean([numpy_kid(*block) for block in zip(*blocks, strict=True)])
+
+
 def test_kernel_distance_equals_numpy():
     rng = np.random.default_rng(5)
     real, fake = rng.normal(size=(2500, 12)), rng.normal(0.2, 1, size=(2101, 12)).astype(np.float32)
     kid = evaluation.kernel_distance(real, fake, subsets=4, subset_size=50)
-    # three blocks: 833, 833, 834 and 700, 700, 701
-    blocks = zip(np.split(real, (833, 1666)), np.split(fake.astype(np.float64), (700, 1400)), strict=True)
-    np.testing.assert_allclose(kid.mean, np.mean([numpy_kid(*block) for block in blocks]), rtol=1e-9)
+    np.testing.assert_allclose(kid.mean, numpy_kid_of_blocks(real, fake.astype(np.float64), 1024), rtol=1e-9)
     subsets = []
     for seed in range(4):
         rng = np.random.default_rng(seed)
@@ -133,18 +139,36 @@ def test_kernel_distance_equals_numpy():
         subsets.append(numpy_kid(*chosen))
     np.testing.assert_allclose(kid.subset_mean, np.mean(subsets), rtol=1e-9)
     np.testing.assert_allclose(kid.subset_std, np.std(subsets, ddof=1), rtol=1e-9)
-    np.testing.assert_allclose(kid.stderr, kid.subset_std * math.sqrt(50 / 2051), rtol=1e-9)
+    blocks = []  # random ones of the sizes of the three
+    for i, sizes in enumerate([(833, 700), (833, 700), (834, 701), (833, 700)]):
+        rng = np.random.default_rng((1, i))
+        chosen = [x[rng.choice(len(x), n, replace=False)] for x, n in zip((real, fake), sizes, strict=True)]
+        blocks.append(numpy_kid(*(x.astype(np.float64) for x in chosen)))
+    np.testing.assert_allclose(kid.stderr, np.std(blocks, ddof=1) / math.sqrt(2), rtol=1e-9)
     assert (kid.subset_size, kid.num_subsets) == (50, 4)
     assert evaluation.kernel_distance(real, fake, subsets=4, subset_size=50) == kid
 
 
-@pytest.mark.parametrize("block_size", [1024, 128])  # one block, three blocks
-def test_the_standard_error_of_kernel_distance_is_its_spread_over_draws(monkeypatch, block_size):
-    monkeypatch.setattr(evaluation, "KID_BLOCK_SIZE", block_size)
+@pytest.mark.parametrize(
+    ("real_size", "fake_size", "shift"),
+    [
+        (96, 96, 0.5),  # one block
+        (384, 384, 0.5),  # three blocks
+        (1600, 60, 0.0),  # 13 blocks, of 123 and 5, of one distribution
+        (1600, 60, 0.5),
+        (60, 1600, 0.5),
+    ],
+)
+def test_the_standard_error_of_kernel_distance_is_its_spread_over_draws(monkeypatch, real_size, fake_size, shift):
+    monkeypatch.setattr(evaluation, "KID_BLOCK_SIZE", 128)
+    monkeypatch.setattr(evaluation, "_kid", numpy_kid_of_blocks)  # equal, see above, and a hundred times as fast
     rng = np.random.default_rng(6)
-    draws = [(rng.normal(size=(384, 4)), rng.normal(0.5, 1, size=(384, 4))) for _ in range(150)]
-    spread = np.std([evaluation.kernel_distance(*draw, subsets=0).mean for draw in draws], ddof=1)
-    stderrs = [evaluation.kernel_distance(*draw, subsets=40, subset_size=128).stderr for draw in draws[:10]]
+
+    def draw():
+        return rng.normal(size=(real_size, 4)), rng.normal(shift, 1, size=(fake_size, 4))
+
+    spread = np.std([evaluation.kernel_distance(*draw(), subsets=0).mean for _ in range(150)], ddof=1)
+    stderrs = [evaluation.kernel_distance(*draw(), subsets=40).stderr for _ in range(10)]
     # by chance 6 % of the spread, and 11 % / sqrt(10) of the errors
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(stderrs))), spread, rtol=0.2)
 

@@ -290,6 +290,20 @@ def test_starts_from_a_file_and_exports_it_again(tiny, tmp_path):
     assert int(state.step) == 3 and record["config"]["training"]["n_iters"] == 5
 
 
+@pytest.mark.parametrize("folder", ["checkpoints-meta", "checkpoints"])
+def test_a_run_of_the_public_code_is_not_silently_started_over(tiny, tmp_path, folder):
+    path = tmp_path / folder / "checkpoint_3"
+    path.parent.mkdir()
+    path.write_bytes(FILES["vp"].read_bytes())
+    for given in ("", str(path)):
+        tiny.training.init_from = given
+        with pytest.raises(UserError) as caught:
+            run_lib._resume(tiny, tmp_path, target=None)
+        message = str(caught.value)
+        assert f"new --workdir with --config.training.init_from={path}" in message and "\n" not in message
+    assert path.read_bytes() == FILES["vp"].read_bytes()
+
+
 def test_a_file_is_neither_overwritten_nor_removed(tiny, tmp_path):
     content = FILES["vp"].read_bytes()
     for number in (1, 3):

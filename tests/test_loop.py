@@ -1,17 +1,24 @@
-"""The training loop: bad steps, checkpoints by the clock, damaged ones, resumes under another config, a full disk."""
+"""The training loop: bad steps, checkpoints by the clock, damaged ones, resumes under another config, a full disk,
+trackers."""
 
+import io
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoints
 import datasets
+import loop
 import run_lib
+import trackers
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
 
@@ -164,6 +171,131 @@ def test_a_resume_may_change_what_is_free(tmp_path):
     assert int(run_lib.train(config, tmp_path).step) == 4
 
 
+def events(workdir):
+    accumulator = EventAccumulator(str(workdir / "tensorboard"), {"scalars": 0, "images": 0, "histograms": 0})
+    return accumulator.Reload()
+
+
+def tracked(workdir, split):
+    """{(step, name): value} of the finite numbers of metrics.jsonl."""
+    rows = [row for row in lines(workdir) if row["split"] == split]
+    facts = ("step", "split")
+    return {(r["step"], f"{split}/{k}"): v for r in rows for k, v in r.items() if k not in facts and v is not None}
+
+
+def test_tensorboard_has_the_metrics_samples_and_histograms(tmp_path):
+    run_lib.train(tiny_mixture(snapshot_sampling=True, score_matching_order=2), tmp_path)
+    board = events(tmp_path)
+    for split, count in (("train", 2), ("eval", 2)):
+        truth = tracked(tmp_path, split)
+        tags = {tag for _, tag in truth}
+        shown = {(e.step, tag): e.value for tag in tags for e in board.Scalars(tag)}
+        assert shown.keys() == truth.keys() and len({step for step, _ in shown}) == count
+        np.testing.assert_allclose([shown[key] for key in truth], list(truth.values()), rtol=1e-6)
+    assert board.Tags()["images"] == ["samples/grid"]
+    pictures = board.Images("samples/grid")
+    assert [image.step for image in pictures] == [4, 8]
+    assert Image.open(io.BytesIO(pictures[1].encoded_image_string)).size[0] > 500
+    assert set(board.Tags()["histograms"]) == {f"eval_examples/{name}" for name in ("loss", "first", "second")}
+    means = tracked(tmp_path, "eval")
+    for name in ("loss", "first", "second"):
+        for event in board.Histograms(f"eval_examples/{name}"):
+            histogram = event.histogram_value
+            assert histogram.num == 8 * 16  # examples of a batch of points
+            np.testing.assert_allclose(histogram.sum / histogram.num, means[event.step, f"eval/{name}"], rtol=1e-5)
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps what it is told; as wandb, it takes no step below the last one."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.inits, self.logged, self.open = [], [], 0
+
+    def init(self, **kwargs):
+        self.inits.append(kwargs)
+        self.open += 1
+        return self
+
+    def log(self, values, step):
+        assert not self.logged or step >= self.logged[-1][0]
+        self.logged += [(step, name, value) for name, value in values.items()]
+
+    def finish(self):
+        self.open -= 1
+
+    def Image(self, image):  # noqa: N802
+        return ("image", image.size)
+
+    def Histogram(self, values):  # noqa: N802
+        return ("histogram", len(values))
+
+
+def test_weights_and_biases_has_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    config = tiny_mixture(snapshot_sampling=True, wandb_project="ours", n_iters=4)
+    run_lib.train(config, tmp_path)
+    run_lib.train(tiny_mixture(snapshot_sampling=True, wandb_project="ours"), tmp_path)
+    first, second = wandb.inits
+    assert first["id"] == second["id"] and len(first["id"]) > 8 and wandb.open == 0  # one run, gone on with
+    assert (first["project"], first["name"], first["resume"]) == ("ours", tmp_path.name, "allow")
+    assert first["config"]["training"]["n_iters"] == 4 and second["config"]["training"]["n_iters"] == 8
+    numbers = {(step, name): value for step, name, value in wandb.logged if not isinstance(value, tuple)}
+    assert numbers == {**tracked(tmp_path, "train"), **tracked(tmp_path, "eval")}
+    others = [(step, name, value[0]) for step, name, value in wandb.logged if isinstance(value, tuple)]
+    kinds = [("eval_examples/first", "histogram"), ("eval_examples/loss", "histogram"), ("samples/grid", "image")]
+    assert others == [(step, *kind) for step in (4, 8) for kind in kinds]
+
+
+def test_weights_and_biases_that_is_missing_or_refuses_is_one_line(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+        with pytest.raises(UserError, match=r"training\.wandb_project='ours' needs wandb.*pip install wandb") as error:
+            trackers.open_trackers(tmp_path, 0, "ours", {})
+        assert "\n" not in str(error.value)
+
+    def refuse(**kwargs):
+        raise wandb.Error("no key\nfound")
+
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"wandb refuses \(no key found\).*WANDB_MODE=offline"):
+        trackers.open_trackers(tmp_path, 0, "ours", {})
+
+
+def test_the_step_is_compiled_once_and_tells_its_memory(caplog):
+    traces = []
+
+    def step(state, x, frozen):
+        traces.append(0)
+        return {"w": state["w"] + x.sum()}, {"loss": x.mean()[None]}
+
+    steps = loop.Steps(jax.pmap(step, donate_argnums=0), ())
+    state = jax.pmap(lambda x: x)({"w": np.zeros((1, 25_000), np.float32)})
+    x = np.ones((1, 6_000), np.float32)
+    with caplog.at_level("INFO", logger="absl"):
+        steps.compile(state, x)
+    for _ in range(3):
+        state, _ = steps(state, x)
+    assert len(traces) == 1
+    np.testing.assert_allclose(state["w"], 18_000.0)
+    # 100,000 bytes of the state, whose memory the result takes over, 24,000 of x and 4 of the loss
+    assert f"({124_004 / 1024:.3g} KiB state and batch" in caplog.text and "compiled in" in caplog.text
+
+
+def test_time_left_is_by_the_mean_pace(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock = loop._Clock(40)  # resumed there
+    for step, seconds in ((50, 5.0), (60, 15.0)):
+        now[0] += seconds
+        speed = clock.speed(step)
+    assert speed == 10 / 15 and clock.left(60, 100).total_seconds() == 40 * 20 / 20
+
+
 FULL = """
 import resource, sys
 import numpy as np
@@ -185,3 +317,19 @@ def test_a_full_disk_is_one_line(tmp_path):
     np.testing.assert_array_equal(checkpoints.restore(checkpoints.latest(tmp_path)).state["a"], np.arange(10.0))
     checkpoints.save(tmp_path, {"a": np.arange(3.0)}, 2)  # there is room again
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_1", "checkpoint_2"]
+
+
+@pytest.mark.parametrize(
+    ("means", "shown"),
+    [
+        ({"first": 0.5, "loss": 0.5, "second": 0.0, "third": 0.0}, "loss 0.5  grad_norm 2"),
+        ({"first": 0.5, "loss": 0.75, "second": 0.25, "third": 0.0}, "loss 0.75  first 0.5  second 0.25  grad_norm 2"),
+        (
+            {"asymmetry": 0.1, "first": 0.5, "loss": 0.6, "second": 0.0},
+            "loss 0.6  asymmetry 0.1  first 0.5  grad_norm 2",
+        ),
+        ({"bound": 3.0, "log_q": -1.0, "loss": 2.0}, "loss 2  bound 3  log_q -1  grad_norm 2"),
+    ],
+)
+def test_the_console_shows_every_term_that_is_on(means, shown):
+    assert loop.shown({**means, "grad_norm": 2.0, "skipped": 1.0}) == shown

@@ -1,5 +1,6 @@
 """Networks and scores against numbers recorded from the public code; options; the MLP; derivatives; dropout."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,7 @@ import sde_lib
 from configs.default_configs import get_default_configs
 from errors import UserError
 from models import create_model, init_params
-from models.score import get_score_fn
+from models.score import CONDITIONS, get_score_fn
 
 # these programs run once or thrice, so that compilation is their time
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -102,15 +103,48 @@ def test_unknown_option_is_refused_by_name(key, value, allowed):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(embedding_type="positional"), "model.embedding_type='positional'"),
-        (dict(sde="vpsde", scale_by_sigma=True), "model.scale_by_sigma=True"),
-        (dict(sde="linearvesde", scale_by_sigma=True), "model.scale_by_sigma=True"),
+        (dict(embedding_type="positional"), "model.embedding_type='positional'.*set model.embedding_type=fourier"),
+        (dict(sde="vpsde", scale_by_sigma=True), "model.scale_by_sigma=True.*set model.scale_by_sigma=False"),
+        (dict(sde="linearvesde", scale_by_sigma=True), "model.scale_by_sigma=True.*set model.scale_by_sigma=False"),
+        (dict(sde="powervesde", scale_by_sigma=True, told=False), "set model.scale_by_sigma=False"),
+        (dict(sde="powervesde", told=True), "set model.embedding_type=fourier"),
         (dict(conv_size=2), "model.conv_size=2"),
     ],
 )
-def test_contradicting_options_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
+def test_contradicting_options_are_refused(options, message, monkeypatch):
+    told = options.pop("told", None)  # a newcomer's process
+    monkeypatch.setitem(sde_lib.SDES, "powervesde", lambda model: Power(told=told))
+    with pytest.raises(UserError, match=message) as error:
         create_model(tiny_config(**options))
+    assert "\n" not in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Power(sde_lib.SDE):
+    """sigma = (1 + 2 t)^3."""
+
+    told: bool = False
+
+    @property
+    def conditions_on_sigma(self):
+        return self.told
+
+    def log_alpha(self, t):
+        return jnp.zeros_like(t)
+
+    def sigma(self, t):
+        return (1 + 2 * t) ** 3
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_new_process_may_tell_the_network_sigma(monkeypatch, told):
+    """Divided by the sigma that it is told, the output is the score; that of 999 t still wants the division."""
+    sde, t = Power(told=told), jnp.array([0.2, 0.9])
+    monkeypatch.setitem(sde_lib.SDES, "powervesde", lambda model: sde)
+    model = create_model(tiny_config("powervesde", embedding_type="fourier", scale_by_sigma=told))
+    told_of_t = [1.4**3, 2.8**3] if told else [199.8, 899.1]
+    np.testing.assert_allclose(CONDITIONS[model.conditioning](sde, t), told_of_t, rtol=1e-5)
+    assert model.predicts_score == told
 
 
 def test_image_that_cannot_be_halved_and_uneven_channels_are_refused():

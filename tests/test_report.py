@@ -1,10 +1,12 @@
 """Reports of made-up runs: what is seen in the files must be what went in."""
 
 import base64
+import html
 import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -16,6 +18,9 @@ from PIL import Image
 
 import plots
 import report
+import run_files
+import sample_plots
+from configs.default_configs import get_default_configs
 from errors import UserError
 
 REPO = Path(report.__file__).parent
@@ -139,6 +144,10 @@ def image_run(workdir: Path) -> Path:
     return workdir
 
 
+def headings(page: Path) -> list[str]:
+    return [html.unescape(found) for found in re.findall("<h2>(.*?)</h2>", page.read_text())]
+
+
 def names(workdir: Path) -> set[str]:
     return {path.name for path in (workdir / "report").iterdir()}
 
@@ -239,7 +248,8 @@ def test_2d_density_is_drawn_with_x0_to_the_right_and_x1_upwards():
 def test_image_report_takes_the_newest_of_each(tmp_path):
     workdir = image_run(tmp_path)
     page = Page(report.write_report(workdir))
-    assert names(workdir) == {"report.html", "losses.png", "samples.png", "bpd.png"}
+    pictures = {"losses.png", "samples.png", "samples_over_training.png", "bpd.png", "bpd_by_checkpoint.png"}
+    assert names(workdir) == {"report.html", *pictures}
     assert (workdir / "report/samples.png").read_bytes() == (workdir / "samples/step_00002000.png").read_bytes()
     assert "eval/bpd_10.npz" in page.text  # 10 is newer than 9, whatever the alphabet says
     assert page.text.index("Checkpoint 9, step 900") < page.text.index("Checkpoint 10, step 1,000")
@@ -307,12 +317,148 @@ def test_summary_of_runs_on_two_data_sets(tmp_path):
     path = report.write_summary(tmp_path / "out" / "report.html", "Three & runs", runs, rows)
     assert path == tmp_path / "out" / "report.html"
     page = Page(path)
-    assert len(page.images()) == 2 + 2 + 2 + 2  # compared, and each run's
-    assert {p.name for p in path.parent.iterdir()} == {"report.html", "report_density_mog.png", "report_loss.png"}
+    assert len(page.images()) == 3 + 2 + 2 + 4  # compared, and each run's
+    compared = {f"report_{name}.png" for name in ("density_mog", "likelihood_mog", "loss")}
+    assert {p.name for p in path.parent.iterdir()} == {"report.html", *compared}
     assert "http" not in path.read_text() and "Three &amp; runs" in path.read_text()
     for text in ("order 1 <", "order 3", "digits", "NLL (nats)", "0.030123", "5,000", "0.02 ± 0.01"):
         assert text in page.text
-    assert page.tags.count("h2") == 3 and not (tmp_path / "a" / "report").exists()
+    assert headings(path) == [
+        "Results",
+        "Compared",
+        "Losses",
+        "Density",
+        "Samples",
+        "Samples over training",
+        "Likelihood by checkpoint",
+        "Configs, where one differs from the default (marked: where they differ)",
+    ]
+    assert not (tmp_path / "a" / "report").exists()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, instead of PNGs of them."""
+    drawn = []
+    for module in (plots, sample_plots):
+        monkeypatch.setattr(module, "png", lambda figure: drawn.append(figure) or b"")
+    return drawn
+
+
+@pytest.mark.parametrize("kind", ["images", "points", "1-D points"])
+def test_samples_over_training_are_those_of_the_snapshots(tmp_path, figures, kind):
+    shape = {"images": (4, 8, 8, 1), "points": (50, 2), "1-D points": (50, 1)}[kind]
+    for step in range(10, 80, 10):
+        samples = np.random.default_rng(step).random(shape, dtype=np.float32)
+        path = tmp_path / f"samples/step_{step:08d}"
+        if kind == "images":
+            report.save_image_grid(path.with_suffix(".png"), samples)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path.with_suffix(".npz"), samples=samples)
+    (_,) = sample_plots.over_training(run_files.load(tmp_path))
+    axes = figures[0].axes
+    assert [ax.get_title() for ax in axes] == ["step 10", "step 30", "step 50", "step 70"]  # first, last, even between
+    for ax, step in zip(axes, (10, 30, 50, 70), strict=True):
+        samples = np.random.default_rng(step).random(shape, dtype=np.float32)
+        if kind == "images":
+            truth = Image.open(tmp_path / f"samples/step_{step:08d}.png").convert("RGB")
+            np.testing.assert_array_equal(np.asarray(ax.get_images()[0].get_array()), np.asarray(truth))
+        elif kind == "points":
+            np.testing.assert_allclose(np.asarray(ax.collections[0].get_offsets()), samples)
+        else:
+            low, high = ax.patches[0].get_x(), ax.patches[-1].get_x() + ax.patches[-1].get_width()
+            counts, _ = np.histogram(samples[:, 0], 10, (low, high), density=True)
+            np.testing.assert_allclose([bar.get_height() for bar in ax.patches], counts, rtol=1e-4)  # float32
+
+
+def test_likelihoods_by_checkpoint_have_their_errors_as_bars(tmp_path, figures):
+    truth = {100: (4.0, 0.25), 300: (3.5, 0.125), 200: (3.75, 0.5)}
+    for number, (step, (mean, stderr)) in enumerate(truth.items()):
+        result = {"checkpoint": number, "step": step, "bpd": {"mean": mean, "stderr": stderr}}
+        result["bound"] = {"mean": mean + 1, "stderr": stderr, "unit": "bits/dim"}
+        result["nll"] = {"mean": math.nan, "stderr": math.nan}
+        write_json(tmp_path / f"eval/report_{number}.json", result)
+    run = run_files.load(tmp_path)
+    (picture,) = plots.by_checkpoint({"": run}, "bpd_by_checkpoint")
+    (ax,) = figures[0].axes
+    assert picture.name == "bpd_by_checkpoint" and "bits/dim" in ax.get_ylabel()
+    for container, shift, label in zip(ax.containers, (0, 1), ("ODE", "bound by the SDE"), strict=True):
+        assert container.get_label() == label
+        np.testing.assert_allclose(container.lines[0].get_xydata(), [[s, truth[s][0] + shift] for s in sorted(truth)])
+        bars = [segment[:, 1] - shift for segment in container.lines[2][0].get_segments()]
+        np.testing.assert_allclose(bars, [(m - e, m + e) for m, e in (truth[s] for s in sorted(truth))])
+    (_,) = plots.by_checkpoint({"one": run, "two": run}, "compared")
+    assert [c.get_label() for c in figures[1].axes[0].containers] == ["one", "two"]
+
+
+def test_compared_losses_have_a_panel_for_each_order_of_some_run(tmp_path, figures):
+    for name, order in (("one", 1), ("three", 3)):
+        write_metrics(tmp_path / name, order)
+    assert [p.name for p in plots.comparisons({n: run_files.load(tmp_path / n) for n in ("one", "three")})] == ["loss"]
+    first, *others = figures[0].axes
+    assert [len(ax.get_lines()) for ax in (first, *others)] == [2, 1, 1]
+    assert first.get_legend_handles_labels()[1] == ["one", "three"]
+
+
+LAUNCH = {"started": "2026-01-01 10:00:00+00:00", "step": 0, "command": "main.py --mode train", "commit": "abc123"}
+
+
+def test_config_and_environment_tables(tmp_path):
+    config = get_default_configs()
+    config.training.batch_size = 17
+    config.model.ch_mult = (1, 2)
+    saved = {**config.to_dict(), "gone": {"key": 1}}  # as an older project may have left it
+    write_json(tmp_path / "a/config.json", saved)
+    write_json(tmp_path / "a/run.json", {"launches": [LAUNCH, {**LAUNCH, "step": 70, "commit": "unknown"}]})
+    path = report.write_report(tmp_path / "a")
+    assert headings(path) == ["Config, where it differs from the default", "Environment"]
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", path.read_text())]
+    assert [row for row in rows if row and "." in row[0]] == [
+        ["model.ch_mult", "(1, 2)", "(1, 2, 2, 2)"],
+        ["training.batch_size", "17", "128"],
+    ]
+    assert ["From step", "0", "70"] in rows and ["Git commit of the code", "abc123", "unknown"] in rows
+    assert ["Platform", "not recorded", "not recorded"] in rows
+    config.training.batch_size = 18
+    write_json(tmp_path / "b/config.json", config.to_dict())
+    path = report.write_summary(tmp_path / "both.html", "Both", {"a": tmp_path / "a", "b": tmp_path / "b"})
+    marked = re.findall('<tr class="marked">(.*?)</tr>', path.read_text())
+    assert [re.findall("<td>(.*?)</td>", row) for row in marked] == [["training.batch_size", "17", "18", "128"]]
+    assert "<td>Git commit of the code</td><td>abc123</td><td>unknown</td><td>not recorded</td>" in path.read_text()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = "gpu quic background-networking component-update sync"
+# The natural width of each picture, 0 if it is broken or has no place, as the page's title.
+COUNT = """<script>onload = () => {
+document.title = [...document.images].map(i => i.naturalWidth * (i.getBoundingClientRect().width > 9))}</script>"""
+
+
+def browse(profile: Path, page: Path, *wanted: str) -> str:
+    flags = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in QUIET.split())]
+    command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--window-size=1200,2000", *wanted, f"file://{page}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine to open the report in")
+def test_a_browser_shows_the_pages(tmp_path):
+    one, two = toy_run(tmp_path / "one"), image_run(tmp_path / "two")
+    write_json(one / "run.json", {"launches": [LAUNCH]})
+    report.main([str(one), str(two)])
+    for page, wanted in ((one / "report/report.html", 4), (one / "report/comparison.html", 1 + 4 + 5)):
+        screenshot = tmp_path / "screenshot.png"
+        browse(tmp_path / "profile", page, f"--screenshot={screenshot}")
+        shown = Image.open(screenshot).convert("RGB")
+        assert len(shown.getcolors(2**24)) > 200  # text, lines in several colours, antialiased
+        assert 0.02 < np.mean(np.asarray(shown).min(axis=-1) < 250) < 0.9  # neither a blank page nor a dark one
+        counted = tmp_path / "counted.html"
+        counted.write_text(page.read_text() + COUNT)
+        dom = browse(tmp_path / "profile", counted, "--dump-dom")
+        widths = [int(width) for width in re.findall("<title>(.*?)</title>", dom)[0].split(",")]
+        assert len(widths) == wanted and min(widths) > 0  # every picture is decoded and has its place
+        sections = re.findall("<section><h2>(.*?)</h2>", dom)
+        assert {"Results", "Losses", "Samples", "Density"} <= set(sections) and "Environment" in sections[-1]
 
 
 def test_compared_densities_have_a_curve_a_run_and_its_error():
@@ -354,3 +500,13 @@ def test_report_imports_nothing_of_the_model():
         [sys.executable, "-c", loaded], cwd=REPO, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_settings_of_a_quantity_are_for_the_json_file_alone():
+    sampling = {"method": "ode", "num_samples": 700, "nfe": 50.0, "settings": {"rtol": 1e-5}}
+    rows = report.results_table([{"checkpoint": 1, "step": 10, "sampling": sampling}]).splitlines()[1:]
+    assert [row.split() for row in rows] == [
+        ["Samples:", "method", "ode"],
+        ["Samples:", "num", "samples", "700"],
+        ["Samples:", "nfe", "50"],
+    ]

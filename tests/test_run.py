@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 import checkpoints
 import datasets
+import launch
 import run_lib
-from configs.check import check_config
+import usage
+from configs.check import check_config, check_key
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
 from tests.tiny import tiny_digits
@@ -68,6 +71,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
 
     # the evaluation of both runs: same figures; every example once, the last batch of 4 included
     results = [run_lib.evaluate(config, tmp_path / run)[0] for run in ("whole", "parts")]
+    for run, truth in (("whole", [0]), ("parts", [0, 4])):
+        launches = json.loads((tmp_path / run / "run.json").read_text())["launches"]
+        assert [launched["step"] for launched in launches] == truth
     assert results[0] == results[1]
     saved = np.load(tmp_path / "whole/eval/bpd_2.npz")
     assert saved["bpd"].shape == (1, 20) and np.all(np.isfinite(saved["bpd"]))
@@ -112,7 +118,26 @@ def test_four_devices_equal_one(tmp_path):
         done = main("--config=configs/toy/mog_vp.py", "--mode=train", *arguments, devices=devices)
         assert done.returncode == 0, done.stderr
         states.append(checkpoints.restore(workdir / "checkpoints/checkpoint_1").state)
-        assert f"on {devices} cpu device" in (workdir / "stdout.txt").read_text()
+        told = (workdir / "stdout.txt").read_text()
+        for line in (
+            "config configs/toy/mog_vp.py with training.batch_size=32 (file: 512)",
+            "training mlp, order 3, on mog\n",
+            f"batch 32 on {devices} cpu device(s) of 1 host(s)",
+            "1,048,576 training and 10,000 test examples of 1\n",
+            f"parameters  {sum(leaf.size for leaf in jax.tree.leaves(states[-1]['params'])):,}\n",
+            "steps       0 to 4\n",
+            "training.n_iters=4",
+            "step 4/4 ",
+            "done at step 4 of 4\n",
+            f"checkpoints  {workdir}/checkpoints (kept), {workdir}/checkpoints-meta (to resume from)\n",
+            f"report       {workdir}/report/report.html\n",
+        ):
+            assert line in told, line
+        assert "Unable to initialize backend" not in done.stderr + told
+        (launched,) = json.loads((workdir / "run.json").read_text())["launches"]
+        assert launched["step"] == 0 and "--config.training.n_iters=4" in launched["command"]
+        assert launched["commit"] == launch.git_commit(ROOT) and launched["jax"] == jax.__version__
+        assert launched["devices"] == f"{devices} x cpu of 1 host(s)"
     for part in ("params", "ema_params"):
         pairs = [states[0][part], states[1][part]]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *pairs)
@@ -162,6 +187,32 @@ def test_bad_config_values_are_named(key, value, complaint):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("is_image", "keys", "complaint"),
+    [
+        (True, {"model.name": "mlp"}, "model.name='mlp' takes points, but data.dataset='new' has images"),
+        (False, {"model.name": "NCSNpp"}, "model.name='NCSNpp' takes images, but data.dataset='new' has points"),
+        (False, {"model.name": "mlp", "eval.dequantizer": True}, "points are continuous; set eval.dequantizer=False"),
+        (True, {}, None),
+        (False, {"model.name": "mlp"}, None),
+    ],
+)
+def test_a_new_data_set_with_the_wrong_network_is_one_line(monkeypatch, is_image, keys, complaint):
+    shape = (8, 8, 1) if is_image else (2,)
+    examples = np.zeros((4, *shape), np.uint8 if is_image else np.float32)
+    data = datasets.Dataset("new", shape, is_image, examples, examples)
+    monkeypatch.setitem(datasets._DATASETS, "new", lambda config: data)
+    config = tiny_digits()
+    config.data.dataset = "new"
+    config.update_from_flattened_dict(keys)
+    if complaint is None:
+        assert run_lib.build(config).dataset is data
+        return
+    with pytest.raises(UserError) as error:
+        run_lib.build(config)
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
 def test_unknown_and_mistyped_keys():
     config = tiny_digits()
     config.training.bach_size = 3
@@ -207,6 +258,52 @@ def test_bad_input_ends_in_one_line(tmp_path, arguments, complaint):
     lines = done.stderr.strip().splitlines()
     assert lines[-1].startswith("error: ") and complaint in lines[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_mode_flag_and_config_at_once():
+    program = "import sys, main; sys.argv = ['main.py', '--help']; main.parse_flags(sys.argv)"
+    heavy = (
+        "import atexit, sys; atexit.register(lambda: print(sorted({'jax', 'numpy', 'tensorflow'} & set(sys.modules))))"
+    )
+    command = [sys.executable, "-c", f"{heavy}; {program}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("[]\n")  # nothing heavy was imported for it
+    for word in ("--config ", "--workdir ", "--mode ", "--eval_folder ", "--coordinator_address ", *usage.MODES):
+        assert f"  {word}" in done.stdout
+    configs = {str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*/*.py") if p.name != "__init__.py"}
+    assert set(re.findall(r"^  (configs/\S+)", done.stdout, re.MULTILINE)) == configs
+    assert max(map(len, done.stdout.splitlines())) <= usage.WIDTH
+    assert main("--help").stdout + "[]\n" == done.stdout
+    missing = main("--mode=train")
+    assert missing.returncode == 1 and "error: --config must be given; python main.py --help" in missing.stderr
+
+
+@pytest.mark.parametrize("example", usage.EXAMPLES)
+def test_examples_of_the_help_are_right(example):
+    for argument in example.split():
+        if argument.startswith("--config."):
+            check_key(argument.removeprefix("--config.").partition("=")[0])
+    arguments = dict(zip(example.split()[2::2], example.split()[3::2], strict=False))
+    assert (ROOT / arguments["--config"]).is_file() and arguments["--mode"] in usage.MODES
+
+
+def test_commit_of_a_checkout(tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", tmp_path, *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert launch.git_commit(tmp_path) == "unknown"
+    git("init")
+    assert launch.git_commit(tmp_path) == "unknown"  # no commit yet
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    assert launch.git_commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "runs").mkdir()
+    assert launch.git_commit(tmp_path / "runs") == "unknown"  # a folder of it is not the code
+    (tmp_path / "code.py").write_text("2")
+    assert launch.git_commit(tmp_path) == git("rev-parse", "HEAD") + " with local changes"
 
 
 def test_workdir_without_checkpoints(tmp_path):

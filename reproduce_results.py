@@ -1,0 +1,156 @@
+"""What `reproduce.py` found: numbers of every run, means over seeds, differences to order 1, and pictures.
+
+The standard errors of means over seeds are over seeds; those of a difference are over the seeds' differences, each
+seed's two models having the same initial weights, data order, test examples and probes. With one seed, differences of
+images are over test examples instead, paired.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import run_files
+
+# of an evaluation's report: name here -> path there
+METRICS = {
+    "nll": ("exact_nll",),
+    "kl": ("kl",),
+    "sde_kl": ("sde_kl",),
+    "test_nll": ("nll", "mean"),
+    "bpd": ("bpd", "mean"),
+    "nfe": ("nfe", "mean"),
+    "fisher_score_ode": ("fisher", "score_ode"),
+    "fisher_score_true": ("fisher", "score_true"),
+}
+COMPARED = ("nll", "kl", "sde_kl", "test_nll", "bpd", "pixel_frechet")
+
+
+def collect(workdir: Path, name: str, runs: Sequence[Any], out: Path) -> Iterator[Path]:
+    """Writes `out/<name>.json` and `out/<name>_*.png` of the runs (`reproduce.Run`) that are evaluated; their paths."""
+    rows = [row for run in runs for row in rows_of(workdir, run)]
+    if not rows:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"experiment": name, "summary": summary(rows), "order 1 minus": differences(rows), "runs": rows}
+    if paired := paired_differences(workdir, runs):
+        result["bpd of order 1 minus, paired over test examples"] = paired
+    path = out / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    yield path
+    import reproduce_plots  # late: the numbers need no drawing
+
+    yield from reproduce_plots.pictures(workdir, name, runs, result, out)
+
+
+def rows_of(workdir: Path, run: Any) -> Iterator[dict[str, Any]]:
+    """A row for each evaluated checkpoint: variant, seed, step and the metrics."""
+    folder = workdir / run.folder
+    for number, reports in _reports(folder).items():
+        values = {name: value for name, path in METRICS.items() if (value := _first(reports, path)) is not None}
+        if (distance := pixel_frechet(folder / "eval" / f"samples_{number}.npz", folder)) is not None:
+            values["pixel_frechet"] = distance
+        yield {"variant": run.variant, "seed": run.seed, "step": reports[0]["step"], "checkpoint": number, **values}
+
+
+def _reports(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """By checkpoint number, those of every evaluation folder."""
+    paths = [path for sub in ("eval", "eval_fisher") for path in run_files.numbered(folder / sub, "report_*.json")]
+    numbers = sorted({run_files.number_of(path) for path in paths})
+    return {n: [json.loads(path.read_text()) for path in paths if run_files.number_of(path) == n] for n in numbers}
+
+
+def _first(reports: Iterable[dict[str, Any]], path: tuple[str, ...]) -> float | None:
+    for report in reports:
+        value: Any = report
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return float(value)
+    return None
+
+
+def pixel_frechet(samples: Path, folder: Path) -> float | None:
+    """Frechet distance of the pixels, in [0, 1], between samples and as many test images; None without samples.
+
+    Its features are the pixels themselves: it sees means and covariances of images, and is comparable with nothing but
+    itself at the same number of samples.
+    """
+    if not samples.exists() or not (folder / "config.json").exists():
+        return None
+    import ml_collections
+
+    import datasets
+    import evaluation
+
+    config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
+    dataset = datasets.load(config.data)
+    if not dataset.is_image or dataset.shape[0] > 8:  # 256 pixels and more need more samples than there are
+        return None
+    images = run_files.load_npz(samples, "samples")["samples"].astype(np.float64)
+    images = images / 255 if images.max() > 2 else images
+    real = dataset.test[np.arange(len(dataset.test))].astype(np.float64) / 255
+    count = min(len(images), len(real))
+    return evaluation.frechet_distance(real[:count].reshape(count, -1), images[:count].reshape(count, -1))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, standard error and number of seeds of each metric, by variant and step."""
+    result = []
+    for variant, step in dict.fromkeys((row["variant"], row["step"]) for row in rows):
+        here = [row for row in rows if (row["variant"], row["step"]) == (variant, step)]
+        entry: dict[str, Any] = {"variant": variant, "step": step}
+        for name in (*METRICS, "pixel_frechet"):
+            if values := [row[name] for row in here if name in row]:
+                entry[name] = mean_and_error(values)
+        result.append(entry)
+    return result
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
+    """stderr is None for one value."""
+    n = len(values)
+    stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
+    return {"mean": float(np.mean(values)), "stderr": stderr, "n": n}
+
+
+def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Order 1 less the others, seed by seed, of the same family (order1_wide, order2_wide, ...); positive: a gain."""
+    table = {(row["variant"], row["seed"], row["step"]): row for row in rows}
+    result = []
+    for variant, step in dict.fromkeys((row["variant"], row["step"]) for row in rows):
+        order, family = variant[:6], variant[6:]
+        if order not in ("order2", "order3"):
+            continue
+        entry: dict[str, Any] = {"variant": variant, "step": step}
+        for name in COMPARED:
+            gains = [
+                first[name] - row[name]
+                for (other, seed, at), row in table.items()
+                if (other, at) == (variant, step)
+                and (first := table.get(("order1" + family, seed, step))) is not None
+                and name in row
+                and name in first
+            ]
+            if gains:
+                entry[name] = mean_and_error(gains)
+        if len(entry) > 2:
+            result.append(entry)
+    return result
+
+
+def paired_differences(workdir: Path, runs: Sequence[Any]) -> list[dict[str, Any]]:
+    """bpd of order 1 less that of the other orders of the same seed: mean and standard error over test examples."""
+    arrays = {
+        (run.variant, run.seed): newest[1]["bpd"].mean(axis=0)
+        for run in runs
+        if (newest := run_files.newest_npz(workdir / run.folder / "eval", "bpd_*.npz")) and "bpd" in newest[1]
+    }
+    return [
+        {"variant": variant, "seed": seed, **mean_and_error(list(arrays["order1", seed] - bpd))}
+        for (variant, seed), bpd in arrays.items()
+        if variant in ("order2", "order3") and ("order1", seed) in arrays
+    ]

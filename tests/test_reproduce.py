@@ -1,0 +1,82 @@
+"""What `reproduce.py` runs and what its numbers are made of."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import reproduce
+import reproduce_results
+from benchmarks.common import config_of
+from configs.check import check_config
+from configs.digits import ve_ncsnpp
+from errors import UserError
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_every_run_has_a_valid_config_and_a_folder_of_its_own(fast):
+    runs = [run for group in reproduce.experiments(fast).values() for run in group]
+    assert len({run.folder for run in runs}) == len(runs)
+    for run in {run.config: run for run in runs}.values():
+        check_config(config_of(run.config))
+    for run in runs:
+        config = config_of(run.config)
+        for override in run.overrides + sum((overrides for _, overrides in run.evaluations), ()):
+            section, key = override.partition("=")[0].split(".")
+            assert key in config[section], override
+        if run.after is not None:
+            assert run.after.folder in {other.folder for other in runs}, "what a run starts from is run too"
+
+
+def write(folder, variant, seed, bpd, samples=None, config=None):
+    place = folder / f"{variant}_seed{seed}" / "eval"
+    place.mkdir(parents=True)
+    report = {"step": 5, "bpd": {"mean": float(np.mean(bpd))}}
+    (place / "report_1.json").write_text(json.dumps(report))
+    np.savez(place / "bpd_1.npz", bpd=np.asarray(bpd)[None])
+    if samples is not None:
+        np.savez(place / "samples_1.npz", samples=samples)
+        (place.parent / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def test_differences_are_paired(tmp_path):
+    """Order 2 is better than order 1 by exactly 0.5 on every example, though examples differ by far more."""
+    rng = np.random.default_rng(0)
+    runs = []
+    for seed in (0, 1):
+        bpd = 10 * rng.normal(size=40)
+        for variant, gain in (("order1", 0.0), ("order2", 0.5)):
+            write(tmp_path / "x", variant, seed, bpd - gain)
+            runs.append(reproduce.Run("x", variant, seed, "", ()))
+    (path, *_) = reproduce_results.collect(tmp_path, "x", runs, tmp_path / "out")
+    result = json.loads(path.read_text())
+    (difference,) = result["order 1 minus"]
+    assert difference["bpd"]["mean"] == pytest.approx(0.5)
+    assert difference["bpd"]["stderr"] == pytest.approx(0, abs=1e-9)
+    for paired in result["bpd of order 1 minus, paired over test examples"]:
+        assert (paired["mean"], paired["stderr"]) == (pytest.approx(0.5), pytest.approx(0, abs=1e-9))
+    first = next(entry for entry in result["summary"] if entry["variant"] == "order1")
+    means = [row["bpd"] for row in result["runs"] if row["variant"] == "order1"]
+    assert first["bpd"]["stderr"] == pytest.approx(abs(means[0] - means[1]) / 2)  # of two: half their distance
+
+
+@pytest.mark.slow
+def test_pixel_frechet_of_shifted_test_images(tmp_path):
+    """The test images, each brighter by one constant per pixel: the squared length of the shift."""
+    import datasets
+
+    config = ve_ncsnpp.get_config()
+    dataset = datasets.load(config.data)
+    images = dataset.test[np.arange(len(dataset.test))] / 255.0
+    shift = np.linspace(0, 0.1, 64).reshape(8, 8, 1)
+    write(tmp_path, "order1", 0, np.zeros(3), images + shift, ConfigDict(config))
+    folder = tmp_path / "order1_seed0"
+    distance = reproduce_results.pixel_frechet(folder / "eval" / "samples_1.npz", folder)
+    assert distance == pytest.approx(np.sum(shift**2), rel=1e-3)
+
+
+def test_a_missing_start_is_told(tmp_path):
+    base = reproduce.Run("x", "base", 0, "c.py", ())
+    with pytest.raises(UserError, match="run x first"):
+        reproduce.do(tmp_path, reproduce.Run("x", "order1", 0, "c.py", (), after=base), None)
