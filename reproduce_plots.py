@@ -242,9 +242,10 @@ def grids(samples: dict[str, dict[str, np.ndarray]], side: int = 8):
     figure, axes = panels(1, len(samples), 3.2, 3.4)
     for ax, (variant, arrays) in zip(axes[0], samples.items(), strict=True):
         images = np.asarray(arrays["samples"][: side * side], np.float64)
+        images = np.clip(images / (255 if images.max() > 2 else 1), 0, 1)
+        images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=0.5)
         height, width, channels = images.shape[1:]
         grid = images.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, -1, channels)
-        grid = np.clip(grid / (255 if grid.max() > 2 else 1), 0, 1)
         ax.imshow(grid[..., 0] if channels == 1 else grid, cmap="gray", vmin=0, vmax=1)
         ax.set(title=LABELS[variant])
         ax.set_axis_off()

@@ -81,9 +81,12 @@ def images(config: Any, batch: int) -> jax.Array:
     return jax.random.uniform(jax.random.PRNGKey(1), (batch, size, size, channels), minval=-1.0)
 
 
-def train_step(config: Any, batch: int, num_microbatches: int = 1, loss_fn: Any = None, **options: Any) -> Program:
-    """One optimiser step (state, x0 [batch, ...]) -> (state, metrics); options: of the compiler."""
-    x0, optimizer = images(config, batch), losses.get_optimizer(config.optim)
+def train_step(
+    config: Any, batch: int, num_microbatches: int = 1, loss_fn: Any = None, x0: Any = None, **options: Any
+) -> Program:
+    """One optimiser step (state, x0) -> (state, metrics); x0: in place of `images`; options: the compiler's."""
+    x0 = images(config, batch) if x0 is None else x0
+    optimizer = losses.get_optimizer(config.optim)
     params, model_state = models.init_params(models.create_model(config), jax.random.PRNGKey(0), x0.shape)
     step_fn = losses.get_step_fn(
         loss_fn or loss_fn_of(config), optimizer, config.model.ema_rate, None, num_microbatches=num_microbatches

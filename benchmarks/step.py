@@ -1,11 +1,12 @@
 """Seconds of a training step of orders 1 to 3, and of the ways to the third order's gradient.
 
-python -m benchmarks.step [--json] [--batch 16] [--flags | --jitted 4]
+python -m benchmarks.step [--json] [--batch 16] [--flags | --jitted 4 | --config FILE]
 
 The third order in one graph (the public code's way: reverse mode over reverse mode over a jvp) is set against the two
 passes of Lu et al. 2022's loss: the residual r without parameter gradients, then the gradient of 2 r . grad_x(v.Jv),
 written as 2 v . d/dr d/dv s by two nested jvps. Same network, weights and batch in one run, run in turns, medians of 5.
-`--flags` measures orders 1 and 2 with other compiler settings; `--jitted N` N steps in one call against one by one.
+`--flags` measures orders 1 and 2 with other compiler settings; `--jitted N` N steps in one call against one by one;
+`--config` orders 1 to 3 of a config file.
 """
 
 import functools
@@ -14,9 +15,12 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+import datasets
 import losses
+import parts
 from benchmarks import common
 from losses import sg
 from sde_lib import batch_mul
@@ -54,9 +58,14 @@ def two_passes(sde, score_fn, x0, t, z, v, order, exact) -> losses.DSMLosses:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--config", default="", help="a config file: its network, data shape and batch, orders 1 to 3")
     parser.add_argument("--flags", action="store_true")
     parser.add_argument("--jitted", type=int, default=0, metavar="N", help="training.n_jitted_steps of orders 1 and 2")
     args = parser.parse_args()
+    if args.config:
+        programs = of_config(args.config)
+        common.report(rows_of(programs, common.seconds(programs)), args.json)
+        return
     if args.jitted:
         common.report(jitted(args.batch, args.jitted), args.json)
         return
@@ -67,8 +76,15 @@ def main() -> None:
         programs["order 3"] = common.train_step(common.ddpmpp_config(3), args.batch)
         with mock.patch.object(losses, "dsm_losses", two_passes):
             programs["order 3, two passes"] = common.train_step(common.ddpmpp_config(3), args.batch)
-    times = common.seconds(programs)
-    rows = {
+    rows: dict = rows_of(programs, common.seconds(programs))
+    if not args.flags:
+        rows["gradient difference of the two passes"] = _difference(programs)
+    common.report(rows, args.json)
+
+
+def rows_of(programs: dict[str, common.Program], times: dict[str, float]) -> dict[str, dict[str, float]]:
+    """What is printed of each."""
+    return {
         name: {
             "seconds": times[name],
             "ratio": times[name] / times["order 1"],
@@ -78,9 +94,18 @@ def main() -> None:
         }
         for name, program in programs.items()
     }
-    if not args.flags:
-        rows["gradient difference of the two passes"] = _difference(programs)
-    common.report(rows, args.json)
+
+
+def of_config(path: str) -> dict[str, common.Program]:
+    """Orders 1 to 3 of a config file, on examples of its training split."""
+    programs = {}
+    for order in (1, 2, 3):
+        config = common.config_of(path)
+        config.training.score_matching_order = order
+        batch = config.training.batch_size
+        x0 = datasets.eval_batch(parts.build(config).dataset, config.data, "train", np.arange(batch), seed=0, repeat=0)
+        programs[f"order {order}"] = common.train_step(config, batch, x0=jnp.asarray(x0))
+    return programs
 
 
 def _difference(programs: dict[str, common.Program]) -> float:
