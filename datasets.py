@@ -5,7 +5,7 @@ a split. A flip, a noise value or a synthetic example is a hash of the seed, the
 neither the batch size, nor the number of hosts, nor a resume changes it.
 
 Sources. Hash: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 19).
-Synthetic data: the toy experiments of Lu et al. 2022 (this method). Image sets: the splits and crops of Song et al.
+Points: `synthetic`. Image sets: the splits and crops of Song et al.
 2021, but rounded to 8 bits after resizing, because bits/dim are about 8-bit images.
 """
 
@@ -22,8 +22,8 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 from jaxtyping import Float, Int64, UInt8, UInt64
-from scipy.special import logsumexp, ndtri
 
+import synthetic
 import tfds_source
 from errors import UserError
 
@@ -238,77 +238,25 @@ def eval_batches(
 
 # Synthetic data: example i is a function of (split, i) alone. Their config keys of images have no effect.
 _SYNTHETIC_SEED, _SYNTHETIC_LENGTHS = 0, {_SYNTHETIC_TRAIN: 2**20, _SYNTHETIC_TEST: 10_000}
-_MOG_MEANS = np.array([-2.0, -6.0, 4.0]) / 7
-_MOG_VARIANCES = np.array([0.1, 0.1, 1.0]) / 49
-_MOG_WEIGHTS = np.array([0.3, 0.3, 0.4])
 
 
-def _synthetic(name: str, dim: int, n_uniforms: int, transform: Callable, **known: Any) -> Dataset:
-    """transform: float64 [B, n_uniforms], uniform in (0, 1), -> [B, dim]."""
+def _points(make: Callable[[Any], synthetic.Points]) -> Callable[[Any], Dataset]:
+    """The loader of what `make(config)` describes."""
 
-    def source(use: int) -> _Lazy:
-        def take(index: np.ndarray) -> np.ndarray:
-            bits = _random_bits(use, _SYNTHETIC_SEED, index, 0, n_uniforms)
-            return transform(((bits >> np.uint64(11)) + 0.5) * 2.0**-53).astype(np.float32)
+    def load(config: Any) -> Dataset:
+        dim, n_uniforms, transform, log_prob, entropy, mixture = make(config)
 
-        return _Lazy(_SYNTHETIC_LENGTHS[use], take)
+        def source(use: int) -> _Lazy:
+            def take(index: np.ndarray) -> np.ndarray:
+                bits = _random_bits(use, _SYNTHETIC_SEED, index, 0, n_uniforms)
+                return transform(((bits >> np.uint64(11)) + 0.5) * 2.0**-53).astype(np.float32)
 
-    return Dataset(name, (dim,), False, source(_SYNTHETIC_TRAIN), source(_SYNTHETIC_TEST), **known)
+            return _Lazy(_SYNTHETIC_LENGTHS[use], take)
 
+        train, test = source(_SYNTHETIC_TRAIN), source(_SYNTHETIC_TEST)
+        return Dataset(config.dataset, (dim,), False, train, test, log_prob, entropy, mixture)
 
-def _mog(config: Any) -> Dataset:
-    """Three Gaussians in `data.dim` dimensions: p(x) = sum_k w_k prod_d N(x_d; mu_k, var_k).
-
-    As in the public code, all coordinates of an example share its component. Entropy by quadrature, for dim 1 only.
-    """
-    if config.dim < 1:
-        raise UserError(f"data.dim={config.dim} must be at least 1")
-
-    def transform(u: np.ndarray) -> np.ndarray:
-        k = np.searchsorted(np.cumsum(_MOG_WEIGHTS)[:-1], u[:, 0])
-        return _MOG_MEANS[k, None] + np.sqrt(_MOG_VARIANCES)[k, None] * ndtri(u[:, 1:])
-
-    def log_prob(x: np.ndarray) -> np.ndarray:
-        squares = np.square(np.asarray(x, np.float64)[:, None] - _MOG_MEANS[:, None]) / _MOG_VARIANCES[:, None]
-        log_norm = 0.5 * x.shape[1] * np.log(2 * np.pi * _MOG_VARIANCES)
-        return np.asarray(logsumexp(np.log(_MOG_WEIGHTS) - log_norm - 0.5 * squares.sum(axis=-1), axis=1))
-
-    entropy = None
-    if config.dim == 1:
-        # The integrand and all its derivatives vanish at both ends, where the trapezoid rule converges exponentially.
-        grid = np.linspace(-3, 3, 20_001)
-        logp = log_prob(grid[:, None])
-        entropy = float(-np.sum(np.exp(logp) * logp) * (grid[1] - grid[0]))
-    mixture = _MOG_WEIGHTS, _MOG_MEANS[:, None], _MOG_VARIANCES[:, None]
-    return _synthetic("mog", config.dim, 1 + config.dim, transform, log_prob=log_prob, entropy=entropy, mixture=mixture)
-
-
-def _checkerboard(config: Any) -> Dataset:
-    """Uniform on the 8 squares of side 2 in [-4, 4)^2 with floor(x_1 / 2) + floor(x_2 / 2) even: p = 1/32 there."""
-
-    def transform(u: np.ndarray) -> np.ndarray:
-        column = np.floor(4 * u[:, 0]) - 2
-        row = 2 * np.floor(2 * u[:, 1]) - 2 + column % 2
-        return 2 * np.stack([4 * u[:, 0] - 2, row + u[:, 2]], axis=1)
-
-    def log_prob(x: np.ndarray) -> np.ndarray:
-        cell = np.floor(np.asarray(x, np.float64) / 2)
-        inside = np.all((cell >= -2) & (cell < 2), axis=1) & (cell.sum(axis=1) % 2 == 0)
-        return np.where(inside, -math.log(32), -np.inf)
-
-    return _synthetic("checkerboard", 2, 3, transform, log_prob=log_prob, entropy=math.log(32))
-
-
-def _swissroll(config: Any) -> Dataset:
-    """(t cos t, t sin t) + N(0, I), t uniform in 1.5 pi [1, 3], over 10, at the origin or at one of (+-4.5, +-4.5)."""
-    centers = 4.5 * np.array([[0, 0], [-1, -1], [-1, 1], [1, -1], [1, 1]])
-
-    def transform(u: np.ndarray) -> np.ndarray:
-        t = 1.5 * np.pi * (1 + 2 * u[:, :1])
-        roll = np.concatenate([t * np.cos(t), t * np.sin(t)], axis=1) + ndtri(u[:, 1:3])
-        return roll / 10 + centers[np.floor(5 * u[:, 3]).astype(int)]
-
-    return _synthetic("swissroll", 2, 4, transform)
+    return load
 
 
 # Images.
@@ -430,11 +378,11 @@ def _tfds(config: Any, name: str, test_split: str, host: str, fit: Callable = la
     return _images(config, train, test, 3)
 
 
-# A new data set: one function of the section `data` of the config, and its line here.
+# A new data set: one function of the section `data` of the config (points: in `synthetic`), and its line here.
 _DATASETS: dict[str, Callable[[Any], Dataset]] = {
-    "mog": _mog,
-    "checkerboard": _checkerboard,
-    "swissroll": _swissroll,
+    "mog": _points(synthetic.mog),
+    "checkerboard": _points(synthetic.checkerboard),
+    "swissroll": _points(synthetic.swissroll),
     "DIGITS": _digits,
     "MNIST": functools.partial(_idx_dataset, default_dir=""),
     "FASHION_MNIST": functools.partial(_idx_dataset, default_dir="/usr/share/datasets/fashion-mnist"),

@@ -190,8 +190,8 @@ def _kid_stderr(real: np.ndarray, fake: np.ndarray, subsets: int) -> float:
     kids = []
     for i in range(subsets):
         rng = np.random.default_rng((1, i))
-        block = [x[rng.choice(len(x), (len(x) + i % n) // n, replace=False)] for x in (real, fake)]
-        kids.append(_kid(*block, max(map(len, block))))
+        some_real, some_fake = (x[rng.choice(len(x), (len(x) + i % n) // n, replace=False)] for x in (real, fake))
+        kids.append(_kid(some_real, some_fake, max(len(some_real), len(some_fake))))
     return float(np.std(kids, ddof=1) / math.sqrt(n - 1))
 
 

@@ -189,7 +189,7 @@ class _Loop:
 
 
 def shown(means: dict[str, float]) -> str:
-    """For the console: the loss, its terms where there is more than one, the gradient's norm. A term that is off is 0."""
+    """For the console: the loss, its terms if there are several, the gradient's norm. A term that is off is 0."""
     terms = [name for name, value in means.items() if value and name not in ("loss", "grad_norm", "skipped")]
     names = ["loss", *(terms if len(terms) > 1 else ()), "grad_norm"]
     return "  ".join(f"{name} {means[name]:.4g}" for name in names)

@@ -165,16 +165,6 @@ def _exact_losses(sigma, c, jac, grad_trace):
     return second, jnp.mean(jnp.square(residual), axis=-1)
 
 
-def first_order_weight(sde: SDE, t: Float[Array, "B"], *, likelihood: bool, importance: bool) -> Float[Array, "B"]:
-    """The factor [B] on `DSMLosses.first`: 1, or g^2 / sigma^2 for likelihood weighting at uniform t.
-
-    With importance weighting t already has the density g^2 / sigma^2, so the factor is 1 again.
-    """
-    if likelihood and not importance:
-        return sde.diffusion_sq(t) / jnp.square(sde.sigma(t))
-    return jnp.ones_like(t)
-
-
 class Draws(NamedTuple):
     """The randomness of the loss of a batch."""
 
@@ -198,17 +188,52 @@ def draw(
     return Draws(t, z, v)
 
 
+# (sde, t [B]) -> w(t) [B], the factor on `DSMLosses.first`
+Weighting = Callable[[SDE, Array], Array]
+# (sde, score function, x0 [B, ...], draws) -> [B]
+Term = Callable[[SDE, ScoreFn, Array, Draws], Array]
+
+
+def uniform_weight(sde: SDE, t: Float[Array, "B"]) -> Float[Array, "B"]:
+    """1. Also where t already has the density g^2 / sigma^2, by importance weighting."""
+    return jnp.ones_like(t)
+
+
+def likelihood_weight(sde: SDE, t: Float[Array, "B"]) -> Float[Array, "B"]:
+    """g^2 / sigma^2 (Song et al. 2021, arXiv 2101.09258)."""
+    return sde.diffusion_sq(t) / jnp.square(sde.sigma(t))
+
+
+# A new weighting: one function and its line here. Its name is a value of `training.weighting`.
+WEIGHTINGS: dict[str, Weighting] = {"uniform": uniform_weight, "likelihood": likelihood_weight}
+
+# A further term, a fourth order for one: a function and its line here, name -> function. Its factor in the objective is
+# the key `training.<name>_weight`; at 0 it is not computed. (Orders 1 to 3 share their derivatives: `dsm_losses`.)
+TERMS: dict[str, Term] = {}
+
+
+def get_weighting(training_config: Any) -> Weighting:
+    """The one that `config.training` names or, by `likelihood_weighting`, asks for. UserError if it is unknown."""
+    by_likelihood = training_config.likelihood_weighting and not training_config.importance_weighting
+    name = training_config.weighting or ("likelihood" if by_likelihood else "uniform")
+    if name not in WEIGHTINGS:
+        raise UserError(f"training.weighting={name!r} is unknown; use one of {', '.join(WEIGHTINGS)}")
+    return WEIGHTINGS[name]
+
+
 def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfParams) -> LossFn:
-    """The training objective named by `config.training`: mean over the batch of L1 + w2 L2 + w3 L3.
+    """The training objective named by `config.training`: mean over the batch of w L1 + w2 L2 + w3 L3 + further terms.
 
     Returns a function of (params, model_state, x0 [B, ...], index [B], key) to the scalar mean loss and the terms [B]:
-    `loss`, `first` (with its likelihood weight), `second` and `third` (without w2, w3).
+    `loss`, `first` (with its weight w), `second` and `third` (without w2, w3), and those of TERMS that have a factor
+    (without it).
     """
     order = training_config.score_matching_order
-    likelihood, eps = training_config.likelihood_weighting, training_config.smallest_time
-    importance = likelihood and training_config.importance_weighting
+    weighting, eps = get_weighting(training_config), training_config.smallest_time
+    importance = training_config.likelihood_weighting and training_config.importance_weighting
     w2 = training_config.second_order_weight if order >= 2 else 0.0
     w3 = training_config.third_order_weight if order >= 3 else 0.0
+    factors = {name: factor for name in TERMS if (factor := training_config[f"{name}_weight"])}
     exact, reduce_mean = training_config.exact_jacobian, training_config.reduce_mean
     if order >= 2 and not reduce_mean:
         raise UserError(
@@ -221,12 +246,15 @@ def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfPar
         dropout_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(dropout_key, index)
         score_fn = score_fn_of_params(params, model_state, dropout_keys)
         terms = dsm_losses(sde, score_fn, x0, *draws, order, exact)
-        first = terms.first * first_order_weight(sde, draws.t, likelihood=likelihood, importance=importance)
+        first = terms.first * weighting(sde, draws.t)
         if not reduce_mean:
             first = 0.5 * math.prod(x0.shape[1:]) * first
         second = terms.second_trace + terms.second_frobenius
         loss = first + w2 * second + w3 * terms.third
-        return jnp.mean(loss), {"loss": loss, "first": first, "second": second, "third": terms.third}
+        further = {name: TERMS[name](sde, score_fn, x0, draws) for name in factors}
+        for name, factor in factors.items():
+            loss += factor * further[name]
+        return jnp.mean(loss), {"loss": loss, "first": first, "second": second, "third": terms.third, **further}
 
     return loss_fn
 

@@ -45,7 +45,7 @@ def use_compilation_cache(folder: str) -> None:
 
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def log_config() -> None:

@@ -30,27 +30,15 @@ from records import read_json, write_json
 from snapshots import sample_saver
 
 
-def unrolled(step_fn, state, xs):
-    """`jax.lax.scan` without the loop: even one of length 1, or one that scan itself unrolls, is slow on the CPU."""
-    outputs = []
-    for x in xs:
-        state, output = step_fn(state, x)
-        outputs.append(output)
-    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
-
-def pmapped_steps(step_fn_of, is_image: bool, frozen: Any = ()) -> loop.Steps:
+def pmapped_steps(step_fn_of, frozen: Any = ()) -> loop.Steps:
     """(state, x [devices, n, b, ...]) -> (state, metrics [devices, n]): n steps of `step_fn_of(frozen)`.
 
     frozen: parameters that do not change, an argument of the program because as constants they would swell it.
     """
-    # XLA on the CPU is slow at differentiating convolution kernels inside a loop. The networks of the score step around
-    # it (models/convolution.py), those of the dequantiser do not: no loop for images there.
-    scan = unrolled if jax.default_backend() == "cpu" and is_image else jax.lax.scan
 
     @functools.partial(jax.pmap, axis_name="batch", donate_argnums=0, devices=all_devices())
     def steps(state, x, frozen):
-        return scan(step_fn_of(frozen), state, x)
+        return jax.lax.scan(step_fn_of(frozen), state, x)
 
     return loop.Steps(steps, replicate(frozen))
 
@@ -161,7 +149,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             state=state,
             record=record,
             loader=_train_loader(parts, config.data),
-            p_step=pmapped_steps(lambda _: step_fn, parts.dataset.is_image),
+            p_step=pmapped_steps(lambda _: step_fn),
             n_iters=training.n_iters,
             eval_fn=_eval_fn(parts, lambda _: plain_loss_fn, dequantize=config.data.uniform_dequantization),
             on_snapshot=sample_saver(parts, workdir) if training.snapshot_sampling else None,
@@ -210,7 +198,12 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
             return lambda params, _, x, index, key: loss_fn(params, x, index, key)
 
         def step_fn_of(frozen):
-            return losses.get_step_fn(loss_fn_of(frozen), parts.optimizer, config.deq.ema_rate)
+            return losses.get_step_fn(
+                loss_fn_of(frozen),
+                parts.optimizer,
+                config.deq.ema_rate,
+                num_microbatches=config.training.num_microbatches,
+            )
 
         launch.log_start(parts, state, f"the dequantiser {config.deq.network} of {path}", config.deq.n_iters)
         job = loop.Job(
@@ -219,7 +212,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
             state=state,
             record=record,
             loader=_train_loader(parts, _as_levels(config.data)),
-            p_step=pmapped_steps(step_fn_of, True, frozen),
+            p_step=pmapped_steps(step_fn_of, frozen),
             n_iters=config.deq.n_iters,
             eval_fn=_eval_fn(parts, functools.partial(loss_fn_of, train=False), frozen, dequantize=False, scale=False),
             facts=facts,

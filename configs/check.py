@@ -47,7 +47,8 @@ ANY = Rule(lambda value: True, "")
 POSITIVE = Rule(lambda value: value > 0, "must be positive")
 FRACTION = Rule(lambda value: 0 <= value < 1, "must be in [0, 1)")
 TIME = Rule(lambda value: 0 < value < 1, "must be below the end of time, 1, and positive")
-# Left to a registry that users add to: sde_lib.SDES, datasets, models.MODELS. It answers while the parts are built.
+# Left to a registry that users add to: sde_lib.SDES, losses.WEIGHTINGS, datasets, models.MODELS. It answers while the
+# parts are built.
 REGISTERED = ANY
 
 # One line a key. A key that is True or False may go without: its type is all there is to check.
@@ -57,6 +58,7 @@ RULES: dict[str, Rule] = {
     "training.score_matching_order": choice(1, 2, 3),
     "training.second_order_weight": at_least(0),
     "training.third_order_weight": at_least(0),
+    "training.weighting": REGISTERED,
     "training.continuous": Rule(bool, "is not supported: the losses are defined for continuous time; set it to True"),
     "training.smallest_time": TIME,
     "training.batch_size": at_least(1),
@@ -224,6 +226,9 @@ def _training_conflicts(c: dict[str, Any]) -> Iterator[str]:
             "training.importance_weighting=True needs training.likelihood_weighting=True: "
             "it is the sampling of t that goes with that weighting"
         )
+    if c["training.weighting"] and c["training.likelihood_weighting"]:
+        pair = _pair(c, "training.weighting", "training.likelihood_weighting")
+        yield f"{pair}: it takes its place; set training.likelihood_weighting=False"
     for key in ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"):
         frequency, jitted = c[f"training.{key}"], c["training.n_jitted_steps"]
         if frequency % jitted:

@@ -19,6 +19,7 @@ def get_default_configs() -> ConfigDict:
     training.exact_jacobian = False  # exact traces by jacfwd instead of a random probe, for small dimensions
     training.continuous = True
     training.reduce_mean = True  # False: half the sum over dimensions, order 1 only
+    training.weighting = ""  # of order 1: a name in losses.WEIGHTINGS; empty: as the next two say
     training.likelihood_weighting = False
     training.importance_weighting = False  # draws t uniform in log-SNR; with likelihood_weighting only
     training.smallest_time = 1e-5

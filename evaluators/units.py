@@ -35,9 +35,11 @@ class Units:
         Unit k falls to process k mod the number of processes; all return all units. UserError if one that another
         process did is not to be seen: the hosts must share the folder.
         """
-        todo = [k for k in range(jax.process_index(), count, jax.process_count()) if self._read(k) is None]
-        if todo and len(todo) < len(range(jax.process_index(), count, jax.process_count())):
-            logging.info("%s: %d of %d units were there already", label or self._name, count - len(todo), count)
+        mine = range(jax.process_index(), count, jax.process_count())
+        todo = [k for k in mine if self._read(k) is None]
+        if todo and len(todo) < len(mine):
+            there = len(mine) - len(todo)
+            logging.info("%s: %d of this host's %d units were there already", label or self._name, there, len(mine))
         for done, k in enumerate(todo, 1):
             write_npz(self._path(k), **compute(k))
             if label and (done == len(todo) or done % max(1, len(todo) // 10) == 0):

@@ -14,6 +14,7 @@ CHECKED = [
     "likelihood",
     "sampling",
     "datasets",
+    "synthetic",
     "checkpoints",
     "legacy",
     "records",

@@ -164,6 +164,7 @@ JITTED = {"training.n_jitted_steps": 100}
 CONFLICTS = [  # what sets the scene and passes, what is then in conflict and is to be named, what is said to do
     ({}, {"training.reduce_mean": False, "training.score_matching_order": 3}, "set training.reduce_mean=True"),
     ({}, {"training.importance_weighting": True}, "needs training.likelihood_weighting=True"),
+    ({}, {"training.weighting": "uniform", "training.likelihood_weighting": True}, "takes its place"),
     ({}, {"training.n_jitted_steps": 7, "training.log_freq": 100}, "must divide"),
     (JITTED, {"training.eval_freq": 150}, "training.n_jitted_steps=100 must divide"),
     (JITTED, {"training.snapshot_freq": 150}, "training.n_jitted_steps=100 must divide"),

@@ -17,7 +17,7 @@ SECTIONS = "|".join(sorted({key.partition(".")[0] for key in KEYS if "." in key}
 # the keys that a document names although they are not in the defaults: the public code's, and those it shows how to add
 ELSEWHERE = {
     "migrate.md": {"data.tfrecords_path"},
-    "extend.md": {"eval.enable_denoising", "training.snr_gamma", "training.asymmetry_weight"},
+    "extend.md": {"eval.enable_denoising", "training.asymmetry_weight"},
 }
 FLAGS_OF_ABSL = {"config", "help", "helpfull"}
 

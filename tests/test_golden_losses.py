@@ -18,6 +18,7 @@ from test_golden_likelihood import PublicVPSDE
 import checkpoints
 import losses
 import sde_lib
+from configs.default_configs import get_default_configs
 from models import create_model
 from models.score import get_score_fn
 
@@ -75,8 +76,9 @@ def test_terms_of_every_order_and_weighting(name):
             np.testing.assert_array_equal(ours == sde.sigma(draws.t), ~in_series(draws.t))
             assert in_series(draws.t).any() == (case == "lw1_iw1")
         terms = evaluate(jnp.asarray(arrays["data"]), draws)
-        weight = losses.first_order_weight(sde, draws.t, likelihood="lw1" in case, importance="iw1" in case)
-        first = weight * terms.first
+        config = get_default_configs().training
+        config.update(likelihood_weighting="lw1" in case, importance_weighting="iw1" in case)
+        first = losses.get_weighting(config)(sde, draws.t) * terms.first
         for key, term in zip(("loss1", "loss2_trace", "loss2_frob", "loss3"), (first, *terms[1:]), strict=True):
             np.testing.assert_allclose(term, arrays[f"{case}/{key}_per_sample"], rtol=1e-4, err_msg=f"{case} {key}")
         total = jnp.mean(first + terms.second_trace + terms.second_frobenius + terms.third)

@@ -256,6 +256,16 @@ def test_unknown_order():
     assert losses.dsm_losses(SDES["vp"], lambda x, t: x, z, t, z, None, 1).first.shape == (2,)
 
 
+def training_config(**overrides):
+    config = get_default_configs().training
+    config.update(**overrides)
+    return config
+
+
+def weighting(**overrides):
+    return losses.get_weighting(training_config(**overrides))
+
+
 @all_sdes
 def test_likelihood_weighting_and_importance_weighting_agree(sde):
     """E over uniform t of g^2/sigma^2 L1 = Z E over importance-weighted t of L1, Z = lambda(eps) - lambda(T)."""
@@ -266,14 +276,15 @@ def test_likelihood_weighting_and_importance_weighting_agree(sde):
 
     u = (jnp.arange(n) + 0.5) / n
     uniform = eps * (sde.T / eps) ** u  # a geometric grid, with its density, integrates the peak at 0
-    weight = losses.first_order_weight(sde, uniform, likelihood=True, importance=False)
+    weight = weighting(likelihood_weighting=True)(sde, uniform)
     by_uniform = jnp.mean(first(uniform) * weight * uniform * np.log(sde.T / eps))
     t = sde.importance_weighted_time(u, eps)
     start, end = sde.log_snr_range(eps, jnp.float64)
     by_importance = (start - end) * jnp.mean(first(t))
     np.testing.assert_allclose(by_uniform, by_importance, rtol=1e-6)
-    np.testing.assert_array_equal(losses.first_order_weight(sde, t, likelihood=True, importance=True), 1)
-    np.testing.assert_array_equal(losses.first_order_weight(sde, t, likelihood=False, importance=False), 1)
+    for by_importance in (True, False):
+        weight = weighting(likelihood_weighting=by_importance, importance_weighting=by_importance)(sde, t)
+        np.testing.assert_array_equal(weight, jnp.ones(n))
 
 
 def test_draws_depend_on_key_and_index_alone():
@@ -286,12 +297,6 @@ def test_draws_depend_on_key_and_index_alone():
     assert many.t.min() >= 0.01 * (1 - 1e-5) and many.t.max() <= 1
     assert set(np.unique(many.v)) == {-1.0, 1.0}
     np.testing.assert_allclose(np.cov(np.asarray(many.z).T), np.eye(2), atol=0.1)
-
-
-def training_config(**overrides):
-    config = get_default_configs().training
-    config.update(**overrides)
-    return config
 
 
 def test_loss_fn_weights_and_reports_its_terms():
@@ -323,6 +328,58 @@ def test_loss_fn_weights_and_reports_its_terms():
     np.testing.assert_allclose(weighted, first["first"] * g_sq_over_var, rtol=1e-6)
     with pytest.raises(UserError, match=r"training\.reduce_mean=False.*score_matching_order"):
         run(score_matching_order=2, reduce_mean=False)
+
+
+def test_a_new_weighting_and_a_new_term_are_a_function_and_a_line(monkeypatch):
+    """Score -A x with A not symmetric: the term is sigma^4 |(A^T - A) v|^2 / D; the weighting is sigma^2."""
+    sde = SDES["vp"]
+    rng = np.random.default_rng(8)
+    a, x0 = rng.normal(size=(3, 3)), rng.normal(size=(5, 3))
+
+    def asymmetry(sde, score_fn, x0, draws):
+        mean, std = sde.marginal_prob(x0, draws.t)
+        x = mean + std[:, None] * draws.z
+        _, jv = jax.jvp(lambda x: score_fn(x, draws.t), (x,), (draws.v,))
+        _, vjp = jax.vjp(lambda x: score_fn(x, draws.t), x)
+        return jnp.mean(jnp.square(std[:, None] ** 2 * (jv - vjp(draws.v)[0])), axis=1)
+
+    def loss_and_grad(config):
+        loss_fn = losses.get_loss_fn(config, sde, lambda a, state, keys: lambda x, t: -x @ a.T)
+        (loss, terms), grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+            jnp.asarray(a), {}, jnp.asarray(x0), jnp.arange(5), jax.random.PRNGKey(0)
+        )
+        np.testing.assert_allclose(loss, np.mean(terms["loss"]))
+        return {name: np.asarray(term) for name, term in terms.items()}, np.asarray(grad)
+
+    monkeypatch.setitem(losses.WEIGHTINGS, "variance", lambda sde, t: jnp.square(sde.sigma(t)))
+    monkeypatch.setitem(losses.TERMS, "asymmetry", asymmetry)
+    config = training_config()
+    with config.unlocked():
+        config.asymmetry_weight = 0.0
+    plain, plain_grad = loss_and_grad(config)
+    assert "asymmetry" not in plain
+    config.update(weighting="variance", asymmetry_weight=0.3)
+    terms, _ = loss_and_grad(config)
+
+    draws = losses.draw(
+        sde, jax.random.split(jax.random.PRNGKey(0))[0], jnp.arange(5), (3,), eps=1e-5, importance=False
+    )
+    variance, v = np.asarray(sde.sigma(draws.t)) ** 2, np.asarray(draws.v)
+    antisymmetric = v @ (a - a.T).T
+    truth = variance**2 * np.mean(antisymmetric**2, axis=1)
+    np.testing.assert_allclose(terms["asymmetry"], truth, rtol=1e-6)
+    np.testing.assert_allclose(terms["first"], variance * plain["first"], rtol=1e-6)
+    np.testing.assert_allclose(terms["loss"], terms["first"] + 0.3 * truth, rtol=1e-6)
+    # d truth / d A = 2 variance^2 / D (u v^T - v u^T) with u = (A - A^T) v
+    outer = np.einsum("b,bi,bj->bij", 2 * variance**2 / 3, antisymmetric, v)
+    config.weighting = "uniform"
+    _, grad = loss_and_grad(config)
+    np.testing.assert_allclose(grad - plain_grad, 0.3 * np.mean(outer - outer.swapaxes(1, 2), axis=0), rtol=1e-5)
+
+
+def test_unknown_weighting():
+    with pytest.raises(UserError, match=r"training\.weighting='snr' is unknown; use one of uniform, likelihood"):
+        losses.get_loss_fn(training_config(weighting="snr"), SDES["vp"], lambda *args: lambda x, t: x)
 
 
 def test_optimizer_is_adam_with_warmup_and_global_clipping():

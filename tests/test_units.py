@@ -63,3 +63,9 @@ def test_hosts_share_the_units(tmp_path, monkeypatch):
     results = Units(tmp_path, "bpd_1", {}).run(5, counting(logs[1]))
     assert logs == ([0, 2, 4], [1, 3])
     assert [int(row["x"][0]) for row in results] == [0, 1, 2, 3, 4]
+    for path in tmp_path.glob("*/000003.npz"):
+        path.unlink()
+    told = []
+    monkeypatch.setattr("evaluators.units.logging.info", lambda text, *values: told.append(text % values))
+    Units(tmp_path, "bpd_1", {}).run(5, counting([]))
+    assert told == ["bpd_1: 1 of this host's 2 units were there already"]

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from models.convolution import conv2d
+
 Features = Float[Array, "B H W C"]
 Keys = Shaped[Array, "B *key"]  # one for each example, new style or old
 
@@ -76,10 +78,9 @@ def conv(
     scope: nn.Module, name: str, x: Features, features: int, init_scale: float = 1.0, weight_norm: bool = False
 ) -> Float[Array, "B H W O"]:
     """3x3 convolution with bias. The kernel's axes are [W, H, C, O], with `weight_norm` [H, W, C, O], as published."""
-    axes = "HWIO" if weight_norm else "WHIO"
 
     def linear(weight):
-        return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", axes, "NHWC"))
+        return conv2d(x, weight if weight_norm else weight.swapaxes(0, 1))
 
     make_weight = _normalized_weight if weight_norm else _scaled_weight
     weight = make_weight(scope, name, (3, 3, x.shape[-1], features), linear, init_scale)
