@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all pictures of a run share: colours, style, panels, PNGs and how a mean with its error is written."""
 
 import io

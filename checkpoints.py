@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: saved atomically by orbax as plain nested dicts of arrays, checked against the config when read.
 
 A checkpoint is a folder `checkpoint_<number>` with the training state and, beside it, a JSON record (config, position

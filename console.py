@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of the logs reaches the console and `stdout.txt`, and how it looks there."""
 
 import logging as std_logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every data source, its scaling and dequantisation; the only reader of data.
 
 `load` gives a `Dataset`, `train_loader` an endless shuffled stream of its training split, `eval_batches` one pass over

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Variational dequantisation (Ho et al. 2019, arXiv 1902.00275): continuous images from 8-bit ones, and its loss.
 
 An image has integer levels k in {0, ..., 255}. With noise v in [0, 1)^D, v ~ q(v | k), and a density p of

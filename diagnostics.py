@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Score diagnostics: the Fisher curves of a score model along its probability flow ODE, per example.
 
 Notation as in `likelihood`: drift f(t) x, diffusion g(t), score s, J = ds/dx, D = number of entries of one x, probe v.

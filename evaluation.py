@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of a trained model, each computed per example before any mean."""
 
 import functools

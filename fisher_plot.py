@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of the score diagnostics (`diagnostics.FisherCurves`), of the means over examples."""
 
 from collections.abc import Mapping, Sequence

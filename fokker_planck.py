@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The density of the reverse SDE's samples in one dimension, by its Fokker-Planck equation.
 
 The reverse SDE dx = (f x - g^2 s) dt + g dW, from the prior at T down to eps, has another density than the probability

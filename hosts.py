@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several hosts as one run, by `jax.distributed`."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inception features of images, and the files that hold a data set's.
 
 TF-Hub's `tfgan/eval/inception/1`, whose pool_3 [2048] and logits [1008] the published IS, FID and KID of this line of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals that ask a run to stop, and the agreement of all hosts on the step after which they do."""
 
 import collections

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run tells of itself: at its start, in `run.json`, and where it has left things at its end."""
 
 import datetime

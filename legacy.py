@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint files of the public code (flax 0.3 msgpack, Adam), read without trust and written back.
 
 The layout, with parameters under the same names as ours:

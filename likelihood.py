@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Likelihoods of a score model: exact under its probability flow ODE, and a variational bound under its SDE.
 
 Everything is per example and in nats until `bits_per_dim`. Notation: x_t = alpha x + sigma z, drift f(t) x, diffusion

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop of `--mode train` and `--mode train_deq`: steps, logs, checkpoints, signals, bad steps."""
 
 import collections

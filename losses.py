@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Denoising score matching of orders 1, 2 and 3 (Lu et al. 2022, arXiv 2206.08265), per example, and the training step.
 
 Notation of the paper: x = alpha x0 + sigma z, s = s_theta(x, t), J = ds/dx, v a probe with E[v v^T] = I, D dimensions,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains or evaluates a score-based diffusion model; see README.md.
 
 python main.py --config configs/toy/mog_ve.py --workdir runs/mog --mode train --config.training.score_matching_order=2

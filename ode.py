@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adaptive Runge-Kutta 4(5) on the device, one step size per example.
 
 Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae". Starting step and step control: Hairer, Norsett &

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What both jobs are built from: the config made into a process, data, a network and an optimiser."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures of one run, and of several at once, from the files of their workdirs; `report.py` writes them down."""
 
 import math

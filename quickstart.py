@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job in minutes on embedded data: `make quickstart`.
 
 Trains the 1-D mixture of Gaussians at orders 1, 2 and 3 (same steps, same seed), evaluates each exactly, trains the 8x8

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run writes down: JSON and npz files that are never half written, and the log of its metrics."""
 
 import itertools

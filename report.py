@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures of a run and one self-contained HTML page of them: `python -m report WORKDIR [WORKDIR2 ...]`.
 
 Reads only what a run left in its workdir (`config.json`, `run.json`, `metrics.jsonl`, `samples/`, `eval/`); what is not

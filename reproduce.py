@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's claims on data at hand: `make reproduce`, or a part of it by name.
 
 python reproduce.py [--only mog_ve,digits_ve] [--fast] [--seeds 1] [--workdir runs/reproduce] [--jobs 2]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of `reproduce.py`: densities, scores and trajectories of the mixture, 2-D densities, curves, samples."""
 
 import json

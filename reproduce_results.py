@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `reproduce.py` found: numbers of every run, means over seeds, differences to order 1, and pictures.
 
 The standard errors of means over seeds are over seeds; those of a difference are over the seeds' differences, each

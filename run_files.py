@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of a run's workdir, as the report reads them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The three jobs, `train`, `train_deq` and `evaluate`: each builds its parts once and runs them under pmap."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of samples: grids of images, clouds and histograms of points, and how they change over training."""
 
 import io

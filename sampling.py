@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samplers: draws of a score model by solving its reverse process from the prior at T to eps."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The diffusion processes: x_t = alpha(t) x_0 + sigma(t) z, with z ~ N(0, I) and t in [0, 1].
 
 A process is its two functions log alpha(t) and sigma(t) and the standard deviation of its prior. Drift, diffusion,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a snapshot of the training shows beside its checkpoint: samples of the model."""
 
 import math

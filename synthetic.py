@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Points made from random numbers: the toy experiments of Lu et al. 2022 (this method). A new set is one function here
 and its line in the registry of `datasets`."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random access to what tensorflow-datasets prepared: array records and tfrecords, without TensorFlow's pipeline."""
 
 import contextlib

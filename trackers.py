@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the metrics of a run go beside `metrics.jsonl`: TensorBoard, and Weights & Biases for those who ask for it."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `python main.py --help` prints; it imports nothing, so that the answer is there at once."""
 
 import ast

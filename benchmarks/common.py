@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: the network that they measure, its training step, and timing side by side."""
 
 import argparse

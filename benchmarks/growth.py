@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How time and scratch memory of a training step grow with batch, resolution, order and number of probes.
 
 python -m benchmarks.growth [--json] [--out benchmarks/growth.png] [--levels 2] [--batches 8 16 32 128]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long the training loop waits for data: prefetched by threads, as it is, against made when asked for.
 
 python -m benchmarks.input [--json] [--steps 30]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ODE's likelihood: scipy's RK45 on the host over a whole batch, as the public code does it, against ours.
 
 python -m benchmarks.likelihood [--json] [--quick] [--sde vpsde|vesde]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scratch memory of a training step at batch 128: order 3 in micro-batches against order 1 whole, and `nn.remat`.
 
 python -m benchmarks.memory [--json] [--batch 128] [--microbatches 8]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The terms of the loss with bfloat16 feature maps against float32, on a trained network.
 
 python -m benchmarks.precision --workdir W --config configs/digits/ve_ncsnpp.py [--json] [--examples 128] [--draws 16]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds from a launch to the first step: the second launch against the first; and order 3's compile time.
 
 python -m benchmarks.startup [--json] [--orders 1 3] [--config configs/digits/ve_ncsnpp.py] [--skip_baseline]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds of a training step of orders 1 to 3, and of the ways to the third order's gradient.
 
 python -m benchmarks.step [--json] [--batch 16] [--flags | --jitted 4 | --config FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training steps of the digits on the CPU: inside `jax.lax.scan` against the same steps without a loop.
 
 python -m benchmarks.unrolled_steps [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks a config before anything is compiled; every complaint is one line that names the keys and what to do.
 
 A value has the type of the key's default. RULES says what else holds for it, `_*_conflicts` what cannot go together.

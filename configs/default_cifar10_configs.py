@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CIFAR-10: what every config on it changes of `default_configs.py`."""
 
 from ml_collections import ConfigDict

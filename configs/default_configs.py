@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every config key with its default. A default stands here once; the other files here hold only what they change.
 
 A key that is not here does not exist: `configs.check.check_config` refuses it by name.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """scikit-learn's 1,797 real 8x8 digits, with a network that two CPU cores train in minutes."""
 
 from ml_collections import ConfigDict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LSUN at 256x256: what every config on it changes of `default_configs.py`."""
 
 from ml_collections import ConfigDict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the experiments of `reproduce.py` change in the configs of their data."""
 
 from ml_collections import ConfigDict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic data of low dimension: an MLP, exact traces, the paper's weights 0.5 and 0.1 of the higher orders."""
 
 from ml_collections import ConfigDict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which config keys a resumed run may change, and which belong to the checkpoint it resumes from."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `--mode eval` computes of a checkpoint: one file, one function and one line of `EVALUATORS` each.
 
 An evaluator is made once from the parts of a run, so that it compiles once, and called with a `Context` for each

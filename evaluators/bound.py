@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`eval.bound`: the variational bound on the likelihood of the reverse SDE, of the data that the ODE's is of."""
 
 import functools

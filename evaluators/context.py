@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an evaluator is given, and the batches of examples that most of them go through."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How an evaluation of 8-bit images gets continuous ones: uniform noise, or the variational dequantiser's."""
 
 from collections.abc import Callable

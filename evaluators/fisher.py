@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`eval.enable_fisher`: how far score, score of the ODE's own density and normal score are apart along the ODE."""
 
 from typing import Any

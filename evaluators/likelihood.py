@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`eval.enable_bpd`: the ODE's likelihood of a split, in bits/dim for images and nats for points."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`eval.enable_loss`: each term of the training loss, at the configured order, over the whole test split."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`eval.enable_sampling`: samples of the model and, of images (`eval.enable_metrics`), their IS, FID and KID."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Units of work of an evaluation: each is computed once, by one of the hosts, and written at once or not at all."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The score networks, by the name that `config.model.name` gives them.
 
 A new network is one function from config to module and one line in MODELS. The module says by its attributes

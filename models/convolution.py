@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two-dimensional convolution whose derivatives are as quick inside a loop as outside, on the CPU.
 
 XLA on the CPU gives a convolution to its fast kernel if images are NHWC and weights HWIO. It brings other layouts to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the blocks of `layerspp.py` are built of: initialisation, convolution, activations, time embedding."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks of NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456).
 
 Parameter paths are flax's automatic names, so class names and the order in which a block creates its parts are those

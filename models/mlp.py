@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fully connected score network for data of few dimensions."""
 
 import flax.linen as nn

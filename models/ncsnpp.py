@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The U-Nets NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456), one network with options.
 
 Parameter paths are flax's automatic names, so the order in which the parts are created is that of the published

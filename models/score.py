@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the output of a network to the score."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shapes are checked in the tests: jaxtyping's annotations, by beartype, on every module of the project."""
 
 import os

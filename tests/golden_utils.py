@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading of `tests/golden/`: numbers recorded from the public code of the paper (flax 0.3, float32, CPU)."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The import order of the design, read from the sources; and the sizes that keep a file readable."""
 
 import ast
@@ -88,3 +89,12 @@ def test_imports_run_one_way(path, tree):
 def test_configs_hold_only_what_changes():
     for path in ROOT.glob("configs/*/*.py"):
         assert len(path.read_text().splitlines()) <= 30, path
+
+
+def test_every_source_names_the_licence():
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for d in (*PACKAGES, "tests", "benchmarks") for p in ROOT.glob(f"{d}/**/*.py")),
+    ]:
+        text = path.read_text()
+        assert not text or text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path

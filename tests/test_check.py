@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Config checks: every key has a rule, every config passes, and each complaint is one line that names the keys."""
 
 import importlib

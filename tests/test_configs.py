@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The thirteen configs of the public code: values, parameter trees, and that nothing else slips in."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data against truth: quadrature, closed forms, scikit-learn, TensorFlow's resizing, files written byte by byte."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Variational dequantisation: the loss against the closed form of the bound for Gaussian data."""
 
 import flax.linen as nn

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """diagnostics against closed forms, brute force and the public code's recorded curves, see `tests/golden_utils.py`."""
 
 import jax

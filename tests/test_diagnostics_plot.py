@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of the Fisher curves, from a file as the evaluation writes it."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documents name what exists: functions, files, config keys and flags, read from the sources by `ast`."""
 
 import ast

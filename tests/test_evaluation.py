@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The metrics against numpy, scipy and closed forms."""
 
 import math

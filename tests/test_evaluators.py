@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `--mode eval` computes: closed forms for an exact score; tiny digits, stopped and resumed."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Flow++ dequantiser against recorded numbers of the public code, brute-force Jacobians and integrals."""
 
 import functools

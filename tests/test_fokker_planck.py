@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The density of the reverse SDE against closed forms, an independent simulation, and its order of convergence."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """likelihood and sampling against numbers recorded from the public code on tiny networks, see `tests/golden_utils.py`.
 
 The public code steps a whole batch as one ODE, here taken over by making a batch one example. At 1e-5 two solvers of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loss terms, their parameter gradients and whole optimiser steps against numbers recorded from the public code.
 
 Near t = 0 (|log alpha| <= 1e-3) the public VP takes a series for sigma, up to 5e-4 off. `PublicVPSDE` puts that branch

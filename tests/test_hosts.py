@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two real processes on 127.0.0.1 as two hosts, and several devices in one, against one process with one device."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Features, IS, FID and KID against closed forms, numpy and scipy, and the whole path with networks made here."""
 
 import hashlib

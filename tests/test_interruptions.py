@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals to real `main.py` processes, SIGKILL among them: what they leave behind, and that nothing is lost."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers against numbers recorded from the public code, and the moments of fresh parameters."""
 
 import functools

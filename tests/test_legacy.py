@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint files of the public code: read, written back, evaluated, fine-tuned from; and hostile ones."""
 
 import json

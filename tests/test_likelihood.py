@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """likelihood against closed forms: Gaussian data, whose score, flow map and density are known for every process."""
 
 import itertools

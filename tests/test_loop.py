@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop: bad steps, checkpoints by the clock, damaged ones, resumes under another config, a full disk,
 trackers."""
 

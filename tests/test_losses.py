@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses against truth: exact scores, explicit derivative tensors, means over all probes, finite differences.
 
 The three tests of the design are all needed: the point mass sees a term that does not vanish, the mixture a wrong

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What saves time and memory changes no number: the convolution's own derivatives, micro-batches, remat, bfloat16."""
 
 import functools

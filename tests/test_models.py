@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks and scores against numbers recorded from the public code; options; the MLP; derivatives; dropout."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ode.rk45 against scipy's RK45, matrix exponentials and closed forms."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports of made-up runs: what is seen in the files must be what went in."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `reproduce.py` runs and what its numbers are made of."""
 
 import json

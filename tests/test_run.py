@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs on the digits: train, stop, resume, evaluate; and what bad input is answered with."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The samplers on Gaussian data, whose exact score is known and whose flow map is affine, and the factory."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The SDEs against closed forms in 40 digits (mpmath), integrated moments, scipy and the public code."""
 
 import itertools

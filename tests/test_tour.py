@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/tour.ipynb runs from top to bottom, and what it computes is true, after fewer training steps than it has itself.
 
 A kernel executes the notebook, as Jupyter does; it shares this suite's compilation cache.

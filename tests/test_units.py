@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Units of work: computed once, whole or not at all, apart for other settings, shared out among hosts."""
 
 import jax

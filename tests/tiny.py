@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Digits with a network that compiles in seconds; a config file for `main.py` too."""
 
 from configs.default_digits_configs import get_digits_configs

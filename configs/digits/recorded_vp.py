@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The network of the recorded public checkpoint tests/golden/ckpt_vp/checkpoint_3, on the digits as colour images."""
 
 from configs.digits import vp_ddpmpp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """As `ve_ncsnpp.py`, trained on the 8-bit levels as they are: what a variational dequantiser can gain on."""
 
 from configs.digits import ve_ncsnpp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """8x8 digits, VE SDE, NCSN++."""
 
 from configs.default_digits_configs import get_digits_configs

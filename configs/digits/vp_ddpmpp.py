@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """8x8 digits, VP SDE, DDPM++."""
 
 from configs.default_configs import use_ddpmpp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fashion-MNIST padded to 32x32, VE SDE, a small NCSN++. Debian's dataset-fashion-mnist has the files."""
 
 from configs.default_configs import get_default_configs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """8x8 digits, VE, NCSN++: the first-order model that each order goes on from."""
 
 from configs.default_reproduce_configs import images

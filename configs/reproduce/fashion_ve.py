@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fashion-MNIST at 16x16, VE, the digits' network: the first-order model that each order goes on from."""
 
 from configs.reproduce import digits_ve

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mixture of `configs/toy/mog_vp.py`, evaluated after 5,000, 10,000, 15,000 and 20,000 steps."""
 
 from configs.default_reproduce_configs import toy

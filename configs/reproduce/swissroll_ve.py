@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The five swiss rolls with a network that learns in minutes at order 3."""
 
 from configs.default_reproduce_configs import toy

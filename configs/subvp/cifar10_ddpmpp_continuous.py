@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DDPM++ on CIFAR-10, sub-VP SDE."""
 
 from ml_collections import ConfigDict

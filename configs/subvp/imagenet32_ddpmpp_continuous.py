@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DDPM++ on ImageNet 32x32, sub-VP SDE."""
 
 from ml_collections import ConfigDict

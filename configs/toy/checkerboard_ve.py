@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2-D checkerboard, VE SDE."""
 
 from configs.default_toy_configs import get_toy_configs

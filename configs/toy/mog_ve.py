@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """1-D mixture of Gaussians, VE SDE: the paper's first experiment."""
 
 from configs.default_toy_configs import get_toy_configs

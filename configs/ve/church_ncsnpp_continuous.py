@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NCSN++ on LSUN church_outdoor at 256x256, VE SDE."""
 
 from ml_collections import ConfigDict

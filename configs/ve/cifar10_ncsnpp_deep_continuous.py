@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NCSN++ (deep) on CIFAR-10, VE SDE."""
 
 from ml_collections import ConfigDict

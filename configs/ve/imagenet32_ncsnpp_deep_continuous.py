@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NCSN++ (deep) on ImageNet 32x32, VE SDE."""
 
 from ml_collections import ConfigDict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Variational dequantisation by Flow++ (Ho et al. 2019, arXiv 1902.00275), by the name in `config.deq.network`.
 
 A new size is one line in NETWORKS.

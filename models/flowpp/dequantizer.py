@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The variational dequantiser of Flow++ (Ho et al. 2019, arXiv 1902.00275, section 3.1): a flow from Gaussian noise to
 the noise that fills the gaps between the 256 levels of an image, conditioned on the image.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layers of the Flow++ networks (Ho et al. 2019, arXiv 1902.00275).
 
 They are functions of the module that owns their parameters, `scope`, because published checkpoints keep them side by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of logistic distributions as an invertible, elementwise map of the real line onto itself."""
 
 from typing import NamedTuple
