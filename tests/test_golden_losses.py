@@ -108,7 +108,7 @@ def test_parameter_gradients(name, order):
     assert relative_norm(grad, expected) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["vp", "ve"])
+@pytest.mark.parametrize("name", ["vp", pytest.param("ve", marks=pytest.mark.slow)])
 def test_recorded_optimiser_steps_give_the_recorded_checkpoint(name):
     arrays = load_golden(f"ckpt_{name}_steps.npz")
     config = golden_config(arrays)
