@@ -25,7 +25,7 @@ reproduce: .venv/run.stamp
 	$(BIN)/python reproduce.py
 
 # Some 40 minutes on 2 cores. The trained networks are those of the README's digits commands.
-bench: .venv/run.stamp runs/bench/digits_ve runs/bench/digits_vp
+bench: .venv/run.stamp runs/bench/digits_ve.stamp runs/bench/digits_vp.stamp
 	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_ve --config configs/digits/ve_ncsnpp.py
 	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_vp --config configs/digits/vp_ddpmpp.py
 	$(BIN)/python -m benchmarks.step
@@ -38,11 +38,13 @@ bench: .venv/run.stamp runs/bench/digits_ve runs/bench/digits_vp
 	$(BIN)/python -m benchmarks.growth --out benchmarks/growth.png
 	$(BIN)/python -m benchmarks.unrolled_steps
 
-runs/bench/digits_ve: .venv/run.stamp
-	$(BIN)/python main.py --config configs/digits/ve_ncsnpp.py --workdir $@ --mode train
+runs/bench/digits_ve.stamp: .venv/run.stamp
+	$(BIN)/python main.py --config configs/digits/ve_ncsnpp.py --workdir $(basename $@) --mode train
+	touch $@
 
-runs/bench/digits_vp: .venv/run.stamp
-	$(BIN)/python main.py --config configs/digits/vp_ddpmpp.py --workdir $@ --mode train
+runs/bench/digits_vp.stamp: .venv/run.stamp
+	$(BIN)/python main.py --config configs/digits/vp_ddpmpp.py --workdir $(basename $@) --mode train
+	touch $@
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The density of the reverse SDE's samples in one dimension, by its Fokker-Planck equation.
 
-The reverse SDE dx = (f x - g^2 s) dt + g dW, from the prior at T down to eps, has another density than the probability
+The reverse SDE dx = (f x - g^2 s) dt + g dW (Song et al. 2021, arXiv 2011.13456, equation 6), from the prior at T down
+to eps, has another density than the probability
 flow ODE as soon as the score s is not exact. Here it is computed on a grid, so that it has no sampling error.
 """
 

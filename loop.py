@@ -103,11 +103,15 @@ class _Loop:
             final = self.step >= job.n_iters
             if self.step % training.log_freq == 0:
                 self._log_train(clock)
-            if self.step % training.eval_freq == 0:
-                self._write("eval", job.eval_fn(self.state)[0])
-            if self.step % training.snapshot_freq == 0 or final:
-                self._save("checkpoints", job.snapshot_number(self.step), keep=0)
-                self._track_snapshot()
+            evaluating = self.step % training.eval_freq == 0
+            snapshot = self.step % training.snapshot_freq == 0 or final
+            if evaluating or snapshot:  # on every host: its means go over all of them
+                means, per_example = job.eval_fn(self.state)
+                if evaluating:
+                    self._write("eval", means)
+                if snapshot:
+                    self._save("checkpoints", job.snapshot_number(self.step), keep=0)
+                    self._track_snapshot(per_example)
             due = clock.minutes_since_save() >= training.snapshot_minutes_for_preemption > 0
             stopping = stop.agreed() and not final
             if self.step % training.snapshot_freq_for_preemption == 0 or final or due or stopping:
@@ -120,9 +124,8 @@ class _Loop:
             self.log.close()
         return first(self.state)
 
-    def _track_snapshot(self) -> None:
-        """Histograms of the test examples' losses, of the first host's, and samples."""
-        _, per_example = self.job.eval_fn(self.state)  # on every host: its means go over all of them
+    def _track_snapshot(self, per_example: dict[str, np.ndarray]) -> None:
+        """Histograms of the losses of the first host's test examples, and samples."""
         if self.log is not None:
             self.log.histograms(self.step, "eval_examples", per_example)
             if self.job.on_snapshot is not None:

@@ -9,7 +9,6 @@ time. Finished steps are not repeated when it is started again.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+from commands import run_main
 from errors import UserError
 
 MOG = "configs/toy/mog_ve.py"
@@ -24,15 +24,9 @@ DIGITS = "configs/digits/ve_ncsnpp.py"
 
 
 def command(config: str, workdir: Path, mode: str, *overrides: str) -> None:
-    """Runs `main.py`, its output in a file beside the workdir; UserError with the last line if it fails."""
-    arguments = ["main.py", f"--config={config}", f"--workdir={workdir}", f"--mode={mode}", *overrides]
-    print("python " + " ".join(arguments), flush=True)
-    log = workdir.with_suffix(f".{mode}.log")
-    with log.open("w") as file:
-        code = subprocess.run([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"the command ended with exit code {code} ({last}); see {log}")
+    """Runs `main.py`, its output in a file beside the workdir."""
+    flags = (f"--config={config}", f"--workdir={workdir}", f"--mode={mode}", *overrides)
+    run_main(workdir.with_suffix(f".{mode}.log"), *flags)
 
 
 def train_and_evaluate(config: str, workdir: Path, *overrides: str) -> dict:

@@ -12,13 +12,12 @@ go to `assets/reproduce/<experiment>.json` and the pictures beside them (`reprod
 import argparse
 import concurrent.futures
 import os
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from commands import run_main
 from errors import UserError
 
 ORDERS = (1, 2, 3)
@@ -124,25 +123,14 @@ def experiments(fast: bool) -> dict[str, list[Run]]:
     }
 
 
-_printing = threading.Lock()
-
-
 def command(workdir: Path, run: Run, mode: str, *overrides: str, eval_folder: str = "eval") -> None:
-    """Runs `main.py`, its output in a file beside the run's workdir; UserError with the last line if it fails."""
+    """Runs `main.py`, its output in a file beside the run's workdir."""
     folder = workdir / run.folder
-    arguments = ["main.py", f"--config={run.config}", f"--workdir={folder}", f"--mode={mode}"]
-    arguments += [f"--config.{override}" for override in (f"seed={run.seed}", *run.overrides, *overrides)]
+    flags = [f"--config={run.config}", f"--workdir={folder}", f"--mode={mode}"]
+    flags += [f"--config.{override}" for override in (f"seed={run.seed}", *run.overrides, *overrides)]
     if mode == "eval":
-        arguments.append(f"--eval_folder={eval_folder}")
-    with _printing:
-        print("python " + " ".join(arguments), flush=True)
-    log = folder.with_name(f"{folder.name}.{eval_folder if mode == 'eval' else mode}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        code = subprocess.run([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"the command ended with exit code {code} ({last}); see {log}")
+        flags.append(f"--eval_folder={eval_folder}")
+    run_main(folder.with_name(f"{folder.name}.{eval_folder if mode == 'eval' else mode}.log"), *flags)
 
 
 def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -> None:

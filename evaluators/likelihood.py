@@ -118,7 +118,9 @@ def _density(parts: Parts) -> Evaluator:
     size = min(config.batch_size, round_up(len(points)))
     log_likelihood_fn = log_likelihood(parts, size)
     settings = {"points": len(points), "size": size, **settings_of(config, *_SETTINGS)}
-    sde_density = _sde_density(parts, points[:, 0].astype(np.float64), float(data.std()))
+    sde_density = None
+    if points.shape[1] == 1:
+        sde_density = _sde_density(parts, points[:, 0].astype(np.float64), float(data.std()))
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
@@ -132,7 +134,7 @@ def _density(parts: Parts) -> Evaluator:
         if parts.dataset.log_prob is not None:
             arrays["true_logp"] = parts.dataset.log_prob(points)
             result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], cell)
-            if points.shape[1] == 1:
+            if sde_density is not None:
                 arrays["sde_logp"] = sde_logp = sde_density(context)
                 of_sde = evaluation.quadrature_nll(sde_logp, arrays["true_logp"], cell)
                 result |= {f"sde_{name}": of_sde[name] for name in ("exact_nll", "kl", "model_mass")}

@@ -53,8 +53,9 @@ ALLOWED = {
     "usage": set(),
     "console": LOWEST,
     "main": LOW | {"run_lib", "hosts", "evaluation", "usage", "console"},
-    "quickstart": LOWEST | {"report"},
-    "reproduce": LOWEST | {"reproduce_results"},
+    "commands": LOWEST,
+    "quickstart": LOWEST | {"report", "commands"},
+    "reproduce": LOWEST | {"reproduce_results", "commands"},
     "reproduce_results": LOW | MIDDLE | {"run_files", "reproduce_plots"},
     "reproduce_plots": LOW | MIDDLE | {"parts", "canvas", "fisher_plot", "run_files"},
 }
