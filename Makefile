@@ -19,10 +19,10 @@ quickstart: .venv/run.stamp
 	$(BIN)/python quickstart.py --workdir runs/quickstart
 
 reproduce-fast: .venv/run.stamp
-	$(BIN)/python reproduce.py --fast --workdir runs/reproduce-fast --out runs/reproduce-fast/results
+	$(BIN)/python -m reproduce --fast --workdir runs/reproduce-fast --out runs/reproduce-fast/results
 
 reproduce: .venv/run.stamp
-	$(BIN)/python reproduce.py
+	$(BIN)/python -m reproduce
 
 # Some 40 minutes on 2 cores. The trained networks are those of the README's digits commands.
 bench: .venv/run.stamp runs/bench/digits_ve.stamp runs/bench/digits_vp.stamp

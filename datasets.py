@@ -24,9 +24,8 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int64, UInt8, UInt64
 
-import synthetic
-import tfds_source
 from errors import UserError
+from sources import synthetic, tfds
 
 
 @runtime_checkable
@@ -374,8 +373,8 @@ def _tfds(config: Any, name: str, test_split: str, host: str, fit: Callable = la
 
     fit: uint8 [H, W, 3] -> image_size.
     """
-    info = tfds_source.info(config.dataset, name, config.dir, host)
-    train, test = (_Lazy(*tfds_source.read_split(info, name, config.image_size, fit)) for name in ("train", test_split))
+    info = tfds.info(config.dataset, name, config.dir, host)
+    train, test = (_Lazy(*tfds.read_split(info, name, config.image_size, fit)) for name in ("train", test_split))
     return _images(config, train, test, 3)
 
 

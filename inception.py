@@ -23,8 +23,8 @@ from absl import logging
 from jaxtyping import Float32, UInt8
 
 import datasets
-import records
 from errors import UserError
+from runtime import records
 
 TFHUB_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 POOL_DIM, LOGITS_DIM = 2048, 1008

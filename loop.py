@@ -15,11 +15,11 @@ from absl import logging
 import checkpoints
 import losses
 from errors import UserError
-from interrupts import StopRequest
-from launch import program_memory
 from parts import Config, first, replicate, shard
-from records import MetricsLog, Pending
-from trackers import open_trackers
+from runtime.interrupts import StopRequest
+from runtime.launch import program_memory
+from runtime.records import MetricsLog, Pending
+from runtime.trackers import open_trackers
 
 # Calls of the step that may be under way while the host goes on; their metrics are read afterwards.
 _IN_FLIGHT = 2

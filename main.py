@@ -14,10 +14,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import console
-import usage
 from configs.check import check_config, check_key, flatten
 from errors import UserError
+from runtime import console, usage
 
 # jax, and all that needs it, is imported once the flags are known to be right: --help and a wrong flag do not wait.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here; its start-up notes help nobody
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> None:
     console.quieten_libraries()
     import jax
 
-    import hosts
+    from runtime import hosts
 
     hosts.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     use_compilation_cache(FLAGS.compilation_cache)
@@ -125,7 +124,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def _abandon(message: str) -> None:
     """`hosts.abandon`, if this process has come as far as joining others."""
     if "hosts" in sys.modules:
-        import hosts
+        from runtime import hosts
 
         hosts.abandon(message)
 

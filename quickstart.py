@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import report
-from commands import run_main
 from errors import UserError
+from runtime.commands import run_main
 
 MOG = "configs/toy/mog_ve.py"
 DIGITS = "configs/digits/ve_ncsnpp.py"

@@ -16,13 +16,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from canvas import STYLE, Picture, plus_minus, png
 from configs.check import differences, flatten
 from configs.default_configs import get_default_configs
 from errors import UserError
-from plots import comparisons, pictures
-from run_files import Run, load
-from sample_plots import as_rows, image_grid, point_samples
+from plots.canvas import STYLE, Picture, plus_minus, png
+from plots.run_curves import comparisons, pictures
+from plots.run_files import Run, load
+from plots.sample_grids import as_rows, image_grid, point_samples
 
 # Key of eval/report_<ckpt>.json: what it is, unit. A key that is not here is shown under its own name.
 HEADLINES = {

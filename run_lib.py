@@ -14,7 +14,6 @@ from absl import logging
 import checkpoints
 import datasets
 import dequantization
-import launch
 import loop
 import losses
 import report
@@ -24,10 +23,11 @@ from errors import UserError
 from evaluators import EVALUATORS
 from evaluators.context import Context
 from evaluators.dequantized import uniform, variational
-from locks import workdir_lock
 from models.flowpp import create_dequantizer
 from parts import Config, Parts, all_devices, build, dequantizer_state, digest, on_this_host, replicate, shard
-from records import read_json, write_json
+from runtime import launch
+from runtime.locks import workdir_lock
+from runtime.records import read_json, write_json
 from snapshots import sample_saver
 
 

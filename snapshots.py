@@ -14,7 +14,7 @@ import losses
 import report
 from evaluators.samples import count_failed, sampler
 from parts import Parts, replicate
-from records import write_npz
+from runtime.records import write_npz
 
 
 def sample_saver(parts: Parts, workdir: Path) -> Callable[[losses.TrainState, int], bytes]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the experiments of `reproduce.py` change in the configs of their data."""
+"""What the experiments of `python -m reproduce` change in the configs of their data."""
 
 from ml_collections import ConfigDict
 

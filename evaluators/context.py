@@ -12,7 +12,7 @@ import numpy as np
 import datasets
 from evaluators.units import Units
 from parts import Parts, shard
-from records import write_npz
+from runtime.records import write_npz
 
 
 class Context(NamedTuple):

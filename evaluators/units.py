@@ -14,7 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from errors import UserError
-from records import write_npz
+from runtime.records import write_npz
 
 
 class Units:

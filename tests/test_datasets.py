@@ -20,9 +20,9 @@ from scipy import stats
 from scipy.integrate import quad
 
 import datasets
-import tfds_source
 from configs.default_configs import get_default_configs
 from errors import UserError
+from sources import tfds
 
 
 def load(config) -> Any:
@@ -490,7 +490,7 @@ def test_missing_data_say_what_to_put_where(tmp_path, monkeypatch, changes, miss
         raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(tfds_source, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(tfds, "PROBE_SECONDS", 0.1)
     with pytest.raises(UserError, match="cannot be reached") as error:
         load(data_config(dir=str(tmp_path), **changes))
     message = str(error.value)

@@ -5,11 +5,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-import fisher_plot
-import plots
-import run_files
 from diagnostics import FisherCurves
 from errors import UserError
+from plots import fisher_curves, run_curves, run_files
 
 
 def curves(times, names):
@@ -30,21 +28,23 @@ def run(tmp_path):
 
 
 def test_picture_of_the_newest_file(run):
-    (picture,) = plots.pictures(run)
+    (picture,) = run_curves.pictures(run)
     assert picture.name == "fisher" and picture.png.startswith(b"\x89PNG")
     assert "eval/fisher_2.npz" in picture.caption
 
 
 def test_every_curve_is_drawn_as_it_is():
-    assert {*fisher_plot.SCORES, *fisher_plot.DIVERGENCES} == set(FisherCurves._fields)
+    assert {*fisher_curves.SCORES, *fisher_curves.DIVERGENCES} == set(FisherCurves._fields)
     times = np.linspace(1e-3, 1, 30)
     arrays = curves(times, FisherCurves._fields)
-    for names in (FisherCurves._fields, fisher_plot.REQUIRED[1:]):
+    for names in (FisherCurves._fields, fisher_curves.REQUIRED[1:]):
         axes = Figure().subplots(1, 2)
-        fisher_plot.draw(
-            axes, {k: v for k, v in arrays.items() if k.removesuffix("_stderr") in ("times", *names)}, plots.PALETTE
+        fisher_curves.draw(
+            axes,
+            {k: v for k, v in arrays.items() if k.removesuffix("_stderr") in ("times", *names)},
+            run_curves.PALETTE,
         )
-        for ax, labels in zip(axes, (fisher_plot.SCORES, fisher_plot.DIVERGENCES), strict=True):
+        for ax, labels in zip(axes, (fisher_curves.SCORES, fisher_curves.DIVERGENCES), strict=True):
             assert ax.get_yscale() == "log" and ax.get_xlabel() == "t" and "nats" in ax.get_ylabel()
             lines = {line.get_label(): line for line in ax.get_lines()}
             assert set(lines) == {label for name, label in labels.items() if name in names}
@@ -57,9 +57,9 @@ def test_every_curve_is_drawn_as_it_is():
 
 def test_a_distance_that_vanishes_does_not_stretch_the_axis():
     times = np.linspace(1e-3, 1, 5)
-    arrays = {name: np.array([1e5, 1e3, 10, 1, 1e-13]) for name in fisher_plot.REQUIRED} | {"times": times}
+    arrays = {name: np.array([1e5, 1e3, 10, 1, 1e-13]) for name in fisher_curves.REQUIRED} | {"times": times}
     axes = Figure().subplots(1, 2)
-    fisher_plot.draw(axes, arrays, plots.PALETTE)
+    fisher_curves.draw(axes, arrays, run_curves.PALETTE)
     bottom, top = axes[0].get_ylim()
     assert top > 1e5 and 1e9 < top / bottom < 1e10
 
@@ -67,4 +67,4 @@ def test_a_distance_that_vanishes_does_not_stretch_the_axis():
 def test_a_file_without_a_curve_is_named(run):
     np.savez(run.eval / "fisher_3.npz", times=np.ones(2))
     with pytest.raises(UserError, match=r"fisher_3\.npz"):
-        list(plots.pictures(run))
+        list(run_curves.pictures(run))

@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from errors import UserError
-from locks import workdir_lock
+from runtime.locks import workdir_lock
 
 HOLD = """
 import pathlib, sys, time
-import locks
+from runtime import locks
 with locks.workdir_lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

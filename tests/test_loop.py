@@ -19,9 +19,9 @@ import checkpoints
 import datasets
 import loop
 import run_lib
-import trackers
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
+from runtime import trackers
 
 ROOT = Path(__file__).parent.parent
 

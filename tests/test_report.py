@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plots
 import report
-import run_files
-import sample_plots
 from configs.default_configs import get_default_configs
 from errors import UserError
+from plots import run_curves, run_files, sample_grids
 
 REPO = Path(report.__file__).parent
 MEANS, STDS, WEIGHTS = np.array([-2, -6, 4]) / 7, np.sqrt([0.1, 0.1, 1]) / 7, np.array([0.3, 0.3, 0.4])
@@ -216,11 +214,11 @@ def test_a_panel_for_each_term_that_is_not_all_zero(tmp_path):
 def test_smoothing_is_the_mean_of_the_neighbours_and_leaves_out_what_is_not_finite():
     steps, values = np.arange(81), np.random.default_rng(0).normal(size=81)
     values[7] = np.nan
-    x, y = plots.smooth(steps, values)
+    x, y = run_curves.smooth(steps, values)
     kept = np.delete(values, 7)
     assert 7 not in x and len(y) == 80
     np.testing.assert_allclose([y[0], y[40], y[-1]], [kept[:3].mean(), kept[38:43].mean(), kept[-3:].mean()])
-    assert len(plots.smooth(steps[:0], values[:0])[1]) == 0
+    assert len(run_curves.smooth(steps[:0], values[:0])[1]) == 0
 
 
 @pytest.mark.parametrize("truth", [True, False])
@@ -236,7 +234,7 @@ def test_2d_density_is_drawn_with_x0_to_the_right_and_x1_upwards():
     axis = np.linspace(-1, 1, 11)
     x = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
     logp = np.log(1 + 10 * x[:, 0] * (x[:, 0] > 0) + 3 * x[:, 1] * (x[:, 1] > 0))
-    figure, _ = plots.density_2d({"x": x, "model_logp": logp, "true_logp": logp})
+    figure, _ = run_curves.density_2d({"x": x, "model_logp": logp, "true_logp": logp})
     for ax in figure.axes[:2]:
         (image,) = ax.get_images()
         shown = np.asarray(image.get_array())
@@ -271,7 +269,7 @@ def test_mean_and_band_of_the_likelihood_histogram(tmp_path):
     values = np.random.default_rng(0).normal(3, 1, (2, 400))
     per_example = values.mean(axis=0)
     mean, stderr = per_example.mean(), per_example.std(ddof=1) / 20
-    (ax,) = plots.likelihoods(values, "bits/dim").axes
+    (ax,) = run_curves.likelihoods(values, "bits/dim").axes
     assert ax.get_legend_handles_labels()[1] == [f"mean {mean:.3f} ± {stderr:.3f} bits/dim"]
     assert ax.get_lines()[0].get_xdata() == pytest.approx([mean, mean])
     assert sum(bar.get_height() for bar in ax.patches if bar.get_alpha() == 0.65) == 400
@@ -341,7 +339,7 @@ def test_summary_of_runs_on_two_data_sets(tmp_path):
 def figures(monkeypatch):
     """The figures that are drawn, instead of PNGs of them."""
     drawn = []
-    for module in (plots, sample_plots):
+    for module in (run_curves, sample_grids):
         monkeypatch.setattr(module, "png", lambda figure: drawn.append(figure) or b"")
     return drawn
 
@@ -357,7 +355,7 @@ def test_samples_over_training_are_those_of_the_snapshots(tmp_path, figures, kin
         else:
             path.parent.mkdir(exist_ok=True)
             np.savez(path.with_suffix(".npz"), samples=samples)
-    (_,) = sample_plots.over_training(run_files.load(tmp_path))
+    (_,) = sample_grids.over_training(run_files.load(tmp_path))
     axes = figures[0].axes
     assert [ax.get_title() for ax in axes] == ["step 10", "step 30", "step 50", "step 70"]  # first, last, even between
     for ax, step in zip(axes, (10, 30, 50, 70), strict=True):
@@ -381,7 +379,7 @@ def test_likelihoods_by_checkpoint_have_their_errors_as_bars(tmp_path, figures):
         result["nll"] = {"mean": math.nan, "stderr": math.nan}
         write_json(tmp_path / f"eval/report_{number}.json", result)
     run = run_files.load(tmp_path)
-    (picture,) = plots.by_checkpoint({"": run}, "bpd_by_checkpoint")
+    (picture,) = run_curves.by_checkpoint({"": run}, "bpd_by_checkpoint")
     (ax,) = figures[0].axes
     assert picture.name == "bpd_by_checkpoint" and "bits/dim" in ax.get_ylabel()
     for container, shift, label in zip(ax.containers, (0, 1), ("ODE", "bound by the SDE"), strict=True):
@@ -389,14 +387,16 @@ def test_likelihoods_by_checkpoint_have_their_errors_as_bars(tmp_path, figures):
         np.testing.assert_allclose(container.lines[0].get_xydata(), [[s, truth[s][0] + shift] for s in sorted(truth)])
         bars = [segment[:, 1] - shift for segment in container.lines[2][0].get_segments()]
         np.testing.assert_allclose(bars, [(m - e, m + e) for m, e in (truth[s] for s in sorted(truth))])
-    (_,) = plots.by_checkpoint({"one": run, "two": run}, "compared")
+    (_,) = run_curves.by_checkpoint({"one": run, "two": run}, "compared")
     assert [c.get_label() for c in figures[1].axes[0].containers] == ["one", "two"]
 
 
 def test_compared_losses_have_a_panel_for_each_order_of_some_run(tmp_path, figures):
     for name, order in (("one", 1), ("three", 3)):
         write_metrics(tmp_path / name, order)
-    assert [p.name for p in plots.comparisons({n: run_files.load(tmp_path / n) for n in ("one", "three")})] == ["loss"]
+    assert [p.name for p in run_curves.comparisons({n: run_files.load(tmp_path / n) for n in ("one", "three")})] == [
+        "loss"
+    ]
     first, *others = figures[0].axes
     assert [len(ax.get_lines()) for ax in (first, *others)] == [2, 1, 1]
     assert first.get_legend_handles_labels()[1] == ["one", "three"]
@@ -466,7 +466,7 @@ def test_compared_densities_have_a_curve_a_run_and_its_error():
     x = np.linspace(-1, 1, 101)[:, None]
     truth = mixture_logp(x)
     models = {name: {"x": x, "model_logp": truth + d, "true_logp": truth} for name, d in (("a", 0.1), ("b", -0.2))}
-    top, bottom = plots.density_1d(models)[0].axes
+    top, bottom = run_curves.density_1d(models)[0].axes
     assert top.get_legend_handles_labels()[1] == ["truth", "a", "b"]
     a, b = top.get_lines()
     assert a.get_color() != b.get_color()

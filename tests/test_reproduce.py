@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `reproduce.py` runs and what its numbers are made of."""
+"""What `python -m reproduce` runs and what its numbers are made of."""
 
 import json
 
@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import reproduce
-import reproduce_results
 from benchmarks.common import config_of
 from configs.check import check_config
 from configs.digits import ve_ncsnpp
 from errors import UserError
+from reproduce import results
+from reproduce.experiments import Run, experiments
+from reproduce.runner import do
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_every_run_has_a_valid_config_and_a_folder_of_its_own(fast):
-    runs = [run for group in reproduce.experiments(fast).values() for run in group]
+    runs = [run for group in experiments(fast).values() for run in group]
     assert len({run.folder for run in runs}) == len(runs)
     for run in {run.config: run for run in runs}.values():
         check_config(config_of(run.config))
@@ -49,8 +50,8 @@ def test_differences_are_paired(tmp_path):
         bpd = 10 * rng.normal(size=40)
         for variant, gain in (("order1", 0.0), ("order2", 0.5)):
             write(tmp_path / "x", variant, seed, bpd - gain)
-            runs.append(reproduce.Run("x", variant, seed, "", ()))
-    (path, *_) = reproduce_results.collect(tmp_path, "x", runs, tmp_path / "out")
+            runs.append(Run("x", variant, seed, "", ()))
+    (path, *_) = results.collect(tmp_path, "x", runs, tmp_path / "out")
     result = json.loads(path.read_text())
     (difference,) = result["order 1 minus"]
     assert difference["bpd"]["mean"] == pytest.approx(0.5)
@@ -73,11 +74,11 @@ def test_pixel_frechet_of_shifted_test_images(tmp_path):
     shift = np.linspace(0, 0.1, 64).reshape(8, 8, 1)
     write(tmp_path, "order1", 0, np.zeros(3), images + shift, ConfigDict(config))
     folder = tmp_path / "order1_seed0"
-    distance = reproduce_results.pixel_frechet(folder / "eval" / "samples_1.npz", folder)
+    distance = results.pixel_frechet(folder / "eval" / "samples_1.npz", folder)
     assert distance == pytest.approx(np.sum(shift**2), rel=1e-3)
 
 
 def test_a_missing_start_is_told(tmp_path):
-    base = reproduce.Run("x", "base", 0, "c.py", ())
+    base = Run("x", "base", 0, "c.py", ())
     with pytest.raises(UserError, match="run x first"):
-        reproduce.do(tmp_path, reproduce.Run("x", "order1", 0, "c.py", (), after=base), None)
+        do(tmp_path, Run("x", "order1", 0, "c.py", (), after=base), None)

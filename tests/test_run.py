@@ -14,12 +14,11 @@ import pytest
 
 import checkpoints
 import datasets
-import launch
 import run_lib
-import usage
 from configs.check import check_config, check_key
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
+from runtime import launch, usage
 from tests.tiny import tiny_digits
 
 ROOT = Path(__file__).parent.parent

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a `main.py` command for the scripts that are made of such: `quickstart.py` and `reproduce.py`."""
+"""Runs a `main.py` command for the scripts that are made of such: `quickstart.py` and `python -m reproduce`."""
 
 import subprocess
 import sys

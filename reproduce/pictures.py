@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of `reproduce.py`: densities, scores and trajectories of the mixture, 2-D densities, curves, samples."""
+"""Pictures of the experiments: densities, scores and trajectories of the mixture, 2-D densities, curves, samples."""
 
 import json
 import math
@@ -15,13 +15,12 @@ import numpy as np
 
 import checkpoints
 import diagnostics
-import fisher_plot
 import parts
-import run_files
 import sde_lib
-from canvas import PALETTE, STYLE, TRUTH, panels, png
 from configs.default_configs import get_default_configs
 from ode import rk45
+from plots import fisher_curves, run_files
+from plots.canvas import PALETTE, STYLE, TRUTH, panels, png
 
 ORDERS = ("order1", "order2", "order3")
 LABELS = {"order1": "order 1", "order2": "order 2", "order3": "order 3"}
@@ -232,7 +231,7 @@ def fisher(curves: dict[str, dict[str, np.ndarray]]):
             mean, stderr = arrays[name], arrays[f"{name}_stderr"]
             ax.plot(arrays["times"], mean, color=color, lw=1.5, label=LABELS[variant])
             ax.fill_between(arrays["times"], mean - stderr, mean + stderr, color=color, alpha=0.2, lw=0)
-        ax.set(title={**fisher_plot.SCORES, **fisher_plot.DIVERGENCES}[name], xlabel="t", yscale="log")
+        ax.set(title={**fisher_curves.SCORES, **fisher_curves.DIVERGENCES}[name], xlabel="t", yscale="log")
     axes[0, 0].set_ylabel("g² × squared distance (nats / time)")
     axes[0, 0].legend()
     return figure

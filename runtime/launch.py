@@ -19,7 +19,7 @@ import losses
 from configs.check import differences
 from configs.default_configs import get_default_configs
 from parts import Config, Parts
-from records import read_json, write_json
+from runtime.records import read_json, write_json
 
 CODE = Path(__file__).parent
 WIDTH = 100

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `reproduce.py` found: numbers of every run, means over seeds, differences to order 1, and pictures.
+"""What `python -m reproduce` found: numbers of every run, means over seeds, differences to order 1, and pictures.
 
 The standard errors of means over seeds are over seeds; those of a difference are over the seeds' differences, each
 seed's two models having the same initial weights, data order, test examples and probes. With one seed, differences of
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-import run_files
+from plots import run_files
+from reproduce.experiments import Run
 
 # of an evaluation's report: name here -> path there
 METRICS = {
@@ -30,8 +31,8 @@ METRICS = {
 COMPARED = ("nll", "kl", "sde_kl", "test_nll", "bpd", "pixel_frechet")
 
 
-def collect(workdir: Path, name: str, runs: Sequence[Any], out: Path) -> Iterator[Path]:
-    """Writes `out/<name>.json` and `out/<name>_*.png` of the runs (`reproduce.Run`) that are evaluated; their paths."""
+def collect(workdir: Path, name: str, runs: Sequence[Run], out: Path) -> Iterator[Path]:
+    """Writes `out/<name>.json` and `out/<name>_*.png` of those runs that are evaluated; their paths."""
     rows = [row for run in runs for row in rows_of(workdir, run)]
     if not rows:
         return
@@ -42,9 +43,9 @@ def collect(workdir: Path, name: str, runs: Sequence[Any], out: Path) -> Iterato
     path = out / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     yield path
-    import reproduce_plots  # late: the numbers need no drawing
+    from reproduce import pictures  # late: the numbers need no drawing
 
-    yield from reproduce_plots.pictures(workdir, name, runs, result, out)
+    yield from pictures.pictures(workdir, name, runs, result, out)
 
 
 def rows_of(workdir: Path, run: Any) -> Iterator[dict[str, Any]]:

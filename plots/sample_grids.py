@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from canvas import MODEL, TRUTH, Picture, panels, png
 from errors import UserError
-from run_files import Run, load_npz, newest_npz, number_of, numbered
+from plots.canvas import MODEL, TRUTH, Picture, panels, png
+from plots.run_files import Run, load_npz, newest_npz, number_of, numbered
 
 MIN_CELL, PAD, PAD_GREY = 40, 2, 200
 

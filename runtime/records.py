@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
-from trackers import Tracker
+from runtime.trackers import Tracker
 
 
 def write_json(path: Path, value: Any) -> None:

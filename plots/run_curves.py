@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import fisher_plot
-from canvas import MODEL, OTHER, PALETTE, TRUTH, Picture, panels, plus_minus, png
 from errors import UserError
-from run_files import Run, newest_npz
-from sample_plots import as_rows, newest_samples, over_training
+from plots import fisher_curves
+from plots.canvas import MODEL, OTHER, PALETTE, TRUTH, Picture, panels, plus_minus, png
+from plots.run_files import Run, newest_npz
+from plots.sample_grids import as_rows, newest_samples, over_training
 
 TERMS = {
     "first": "First order",
@@ -60,11 +60,11 @@ def pictures(run: Run) -> Iterator[Picture]:
         yield Picture("bpd", png(likelihoods(values, unit)), caption)
     if len({result.get("step") for result in run.results}) > 1:
         yield from by_checkpoint({"": run}, "bpd_by_checkpoint")
-    if found := newest_npz(run.eval, "fisher_*.npz", *fisher_plot.REQUIRED):
+    if found := newest_npz(run.eval, "fisher_*.npz", *fisher_curves.REQUIRED):
         path, arrays = found
         figure, axes = panels(1, 2, 5.6, 4.6)
-        fisher_plot.draw(axes[0], arrays, PALETTE)
-        yield Picture("fisher", png(figure), f"{fisher_plot.CAPTION} From {run.name(path)}.")
+        fisher_curves.draw(axes[0], arrays, PALETTE)
+        yield Picture("fisher", png(figure), f"{fisher_curves.CAPTION} From {run.name(path)}.")
 
 
 def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

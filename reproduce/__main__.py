@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's claims on data at hand: `make reproduce`, or a part of it by name.
+
+python -m reproduce [--only mog_ve,digits_ve] [--fast] [--seeds 1] [--workdir runs/reproduce] [--jobs 2]
+
+Every training and evaluation is a `main.py` command, printed as it starts; `--jobs` run at a time. What is finished is
+not repeated, and a training goes on where it was. Afterwards (or alone, with `--collect`) the numbers of what is there
+go to `assets/reproduce/<experiment>.json` and the pictures beside them (`results.py`). A workdir is
+<workdir>/<experiment>/<variant>_seed<k>.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from errors import UserError
+from reproduce.experiments import experiments
+from reproduce.runner import run_all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--out", type=Path, default=Path("assets/reproduce"), help="folder of numbers and pictures")
+    parser.add_argument("--only", default="", help="names of experiments, with commas between them; all if empty")
+    parser.add_argument("--fast", action="store_true", help="one seed of the mixtures, the digits at orders 1 and 3")
+    parser.add_argument("--seeds", type=int, default=0, help="only the first so many of each; 0: all")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="commands at a time")
+    parser.add_argument("--collect", action="store_true", help="run nothing; numbers and pictures of what is there")
+    args = parser.parse_args()
+    known = experiments(args.fast)
+    names = args.only.split(",") if args.only else list(known)
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(known)}")
+    known = {name: [run for run in runs if not args.seeds or run.seed < args.seeds] for name, runs in known.items()}
+    failures = []
+    if not args.collect:
+        failures = run_all(args.workdir, [run for name in names for run in known[name]], args.jobs)
+    from reproduce import results  # late: it imports JAX
+
+    for name in names:
+        for path in results.collect(args.workdir, name, known[name], args.out):
+            print(path)
+    if failures:
+        sys.exit("error: " + "\n".join(failures))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
