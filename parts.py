@@ -54,7 +54,7 @@ def new_state(params: Any, model_state: Any, optimizer: Any, key: Any) -> losses
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=params,
-        opt_state=optimizer.init(params),
+        opt_state=jax.jit(optimizer.init)(params),  # one program, not one for each shape
         model_state=model_state,
         key=key,
     )
