@@ -89,6 +89,22 @@ def fine_tuned(name: str, seeds: int, curves: bool) -> Iterator[Run]:
             yield run
 
 
+def digits_study(seeds: int) -> Iterator[Run]:
+    """What the gain on the digits depends on: the weight of the second order, and the length of the fine-tuning."""
+    variants = {
+        "order1": (1, 500),
+        "order2_w0.1": (2, 500, "training.second_order_weight=0.1"),
+        "order2_w10": (2, 500, "training.second_order_weight=10.0"),
+        "order1_long": (1, 2_000),
+        "order2_long": (2, 2_000),
+    }
+    config = "configs/reproduce/digits_ve.py"
+    for seed in range(seeds):
+        base = Run("digits_ve", "base", seed, config, (order(1),))
+        for variant, (n, steps, *overrides) in variants.items():
+            yield Run("digits_study", variant, seed, config, (order(n), *length(steps), *FINE_TUNE, *overrides), base)
+
+
 def experiments(fast: bool) -> dict[str, list[Run]]:
     """By name, in the order in which they run. fast: the mixture with one seed, and the digits at orders 1 and 3."""
     if fast:
@@ -102,6 +118,7 @@ def experiments(fast: bool) -> dict[str, list[Run]]:
         "checkerboard_ve": list(from_scratch("checkerboard_ve", 5, curves=False)),
         "swissroll_ve": list(from_scratch("swissroll_ve", 5, curves=False)),
         "mog_study": list(study(3)),
+        "digits_study": list(digits_study(1)),
         "digits_vp": list(fine_tuned("digits_vp", 3, curves=True)),
         "fashion_ve": list(fine_tuned("fashion_ve", 3, curves=False)),
         "fashion_vp": list(fine_tuned("fashion_vp", 3, curves=False)),

@@ -8,7 +8,7 @@ images are over test examples instead, paired.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,11 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
 
 
 def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Order 1 less the others, seed by seed, of the same family (order1_wide, order2_wide, ...); positive: a gain."""
+    """Order 1 less the others, seed by seed and at the same step, of the same family; positive: a gain."""
     table = {(row["variant"], row["seed"], row["step"]): row for row in rows}
     result = []
     for variant, step in dict.fromkeys((row["variant"], row["step"]) for row in rows):
-        order, family = variant[:6], variant[6:]
-        if order not in ("order2", "order3"):
+        if not variant.startswith(("order2", "order3")):
             continue
         entry: dict[str, Any] = {"variant": variant, "step": step}
         for name in COMPARED:
@@ -133,7 +132,7 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 first[name] - row[name]
                 for (other, seed, at), row in table.items()
                 if (other, at) == (variant, step)
-                and (first := table.get(("order1" + family, seed, step))) is not None
+                and (first := _first_order(table, variant, seed, step)) is not None
                 and name in row
                 and name in first
             ]
@@ -144,7 +143,12 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def paired_differences(workdir: Path, runs: Sequence[Any]) -> list[dict[str, Any]]:
+def _first_order(table: Mapping[tuple, Any], variant: str, *key: Any) -> Any:
+    """That of order1_wide for order2_wide; of order1 if there is none, as for variants of the weights."""
+    return table.get(("order1" + variant[6:], *key), table.get(("order1", *key)))
+
+
+def paired_differences(workdir: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """bpd of order 1 less that of the other orders of the same seed: mean and standard error over test examples."""
     arrays = {
         (run.variant, run.seed): newest[1]["bpd"].mean(axis=0)
@@ -152,7 +156,7 @@ def paired_differences(workdir: Path, runs: Sequence[Any]) -> list[dict[str, Any
         if (newest := run_files.newest_npz(workdir / run.folder / "eval", "bpd_*.npz")) and "bpd" in newest[1]
     }
     return [
-        {"variant": variant, "seed": seed, **mean_and_error(list(arrays["order1", seed] - bpd))}
+        {"variant": variant, "seed": seed, **mean_and_error(list(first - bpd))}
         for (variant, seed), bpd in arrays.items()
-        if variant in ("order2", "order3") and ("order1", seed) in arrays
+        if variant.startswith(("order2", "order3")) and (first := _first_order(arrays, variant, seed)) is not None
     ]

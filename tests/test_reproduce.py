@@ -63,6 +63,19 @@ def test_differences_are_paired(tmp_path):
     assert first["bpd"]["stderr"] == pytest.approx(abs(means[0] - means[1]) / 2)  # of two: half their distance
 
 
+def test_a_variant_is_compared_with_its_own_first_order(tmp_path):
+    """order2_long with order1_long, and order2_w10, which has none, with order1."""
+    gains = {"order1": 0.0, "order1_long": 1.0, "order2_long": 1.25, "order2_w10": 0.75}
+    for variant, gain in gains.items():
+        write(tmp_path / "x", variant, 0, np.arange(5.0) - gain)
+    runs = [Run("x", variant, 0, "", ()) for variant in gains]
+    (path, *_) = results.collect(tmp_path, "x", runs, tmp_path / "out")
+    result = json.loads(path.read_text())
+    for rows in (result["order 1 minus"], result["bpd of order 1 minus, paired over test examples"]):
+        found = {row["variant"]: row.get("bpd", row)["mean"] for row in rows}
+        assert found == {"order2_long": pytest.approx(0.25), "order2_w10": pytest.approx(0.75)}
+
+
 @pytest.mark.slow
 def test_pixel_frechet_of_shifted_test_images(tmp_path):
     """The test images, each brighter by one constant per pixel: the squared length of the shift."""
