@@ -6,16 +6,13 @@ a split. A flip, a noise value or a synthetic example is a hash of the seed, the
 neither the batch size, nor the number of hosts, nor a resume changes it.
 
 Sources. Hash: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 19).
-Points: `synthetic`. Image sets: the splits and crops of Song et al.
-2021, but rounded to 8 bits after resizing, because bits/dim are about 8-bit images.
+Points: `synthetic`. Image sets: the splits and crops of Song et al. 2021, but rounded to 8 bits after resizing, because
+bits/dim are about 8-bit images.
 """
 
 import dataclasses
 import functools
-import gzip
 import math
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8, UInt64
 
 from errors import UserError
-from sources import synthetic, tfds
+from sources import idx, synthetic, tfds
 
 
 @runtime_checkable
@@ -296,21 +293,6 @@ def _digits(config: Any) -> Dataset:
     return _images(config, images[:1500], images[1500:], 1)
 
 
-def read_idx(path: Path) -> UInt8[np.ndarray, "N H W"]:
-    """The images of an idx3 file of unsigned bytes, gzipped if its name ends in .gz. UserError if it is not one."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}); fetch it again") from error
-    if len(data) < 16 or data[:4] != b"\x00\x00\x08\x03":
-        raise UserError(f"{path} does not start with the header of an idx3-ubyte image file; fetch it again")
-    shape = struct.unpack(">3I", data[4:16])
-    expected = 16 + math.prod(shape)
-    if len(data) != expected:
-        raise UserError(f"{path} has {len(data)} bytes, not the {expected} of its header: truncated; fetch it again")
-    return np.frombuffer(data, np.uint8, offset=16).reshape(shape)
-
-
 def _idx_dataset(config: Any, default_dir: str) -> Dataset:
     """MNIST's files in `data.dir`. 28x28 as it is, 32x32 with a border of zeros, any other size resized bilinearly."""
     folder, size = config.dir or default_dir, config.image_size
@@ -324,7 +306,7 @@ def _idx_dataset(config: Any, default_dir: str) -> Dataset:
                 f"data.dataset={config.dataset!r} needs {name} or {name}.gz, not found in data.dir={folder!r}: "
                 f"set data.dir to the folder with the train-images and t10k-images files{hint}"
             )
-        images = read_idx(path)[..., None]
+        images = idx.read(path)[..., None]
         if size == 32 and images.shape[1:3] == (28, 28):
             images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
         elif images.shape[1:3] != (size, size):
