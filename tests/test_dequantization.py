@@ -5,8 +5,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import losses
 from dequantization import bound_at, dequantize, draw, get_loss_fn
 from models.flowpp import create_dequantizer, init_params
 from sde_lib import VESDE, VPSDE
@@ -192,6 +194,33 @@ def test_draws_are_a_function_of_key_and_index():
         assert len(np.unique(a)) == np.size(a)  # nothing is drawn twice
     flat = np.concatenate([np.ravel(part) for part in (whole.u, whole.prior_noise, whole.offset_noise, whole.noise)])
     assert len(np.unique(flat)) == len(flat)
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch():
+    """Of plain gradient descent, so that the step is the gradient; as `--mode train_deq` makes it."""
+    score = gaussian_score(SDES["vp"])
+    loss_fn = get_loss_fn(SDES["vp"], score, Sigmoid(), scaler, inverse_scaler)
+
+    def step(num_microbatches):
+        step_fn = losses.get_step_fn(
+            lambda params, _, x, index, key: loss_fn(params, x, index, key),
+            optax.sgd(1.0),
+            0.9,
+            axis_name=None,
+            num_microbatches=num_microbatches,
+        )
+        state = losses.TrainState(jnp.int32(3), PARAMS, PARAMS, optax.sgd(1.0).init(PARAMS), {}, jax.random.PRNGKey(1))
+        return jax.jit(step_fn)(state, images(12))
+
+    whole, metrics = step(1)
+    assert float(metrics["grad_norm"]) > 1e-4
+    for parts in (3, 12):
+        ours, of_parts = step(parts)
+        for name in metrics:
+            np.testing.assert_allclose(of_parts[name], metrics[name], rtol=2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            ours.params["slope"] - PARAMS["slope"], whole.params["slope"] - PARAMS["slope"], rtol=1e-5
+        )
 
 
 def test_training_the_small_flow():
