@@ -9,5 +9,5 @@ def get_config():
     config.data.update(dataset="FASHION_MNIST", image_size=16)
     config.training.batch_size = 64
     config.model.attn_resolutions = (8,)
-    config.eval.num_examples = 300
+    config.eval.update(num_examples=128, num_samples=64)
     return config
