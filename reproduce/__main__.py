@@ -18,6 +18,8 @@ from errors import UserError
 from reproduce.experiments import experiments
 from reproduce.runner import run_all
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as in main.py
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
