@@ -120,11 +120,11 @@ def jitted(batch: int, count: int) -> dict[str, float]:
     """Seconds a step of orders 1 and 2, one a call and `count` in a scan, and the ratio."""
     programs = {}
     for order in (1, 2):
-        one = common.train_step(common.ddpmpp_config(order), batch)
-        state, x0 = one.args
-        loss_fn = common.loss_fn_of(common.ddpmpp_config(order))
         config = common.ddpmpp_config(order)
-        step_fn = losses.get_step_fn(loss_fn, losses.get_optimizer(config.optim), config.model.ema_rate)
+        one = common.train_step(config, batch)
+        state, x0 = one.args
+        loss_fn, optimizer = common.loss_fn_of(config), losses.get_optimizer(config.optim)
+        step_fn = losses.get_step_fn(loss_fn, optimizer, config.model.ema_rate, axis_name=None)
         many = jnp.broadcast_to(x0, (count, *x0.shape))
         programs[order, 1] = one
         programs[order, count] = common.compiled(functools.partial(jax.lax.scan, step_fn), state, many)
