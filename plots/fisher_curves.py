@@ -26,7 +26,7 @@ LINES = "-", "--", "-.", ":", (0, (5, 1))
 DECADES = 9  # at most, of the y axis: at T distances may vanish up to rounding
 
 
-def draw(axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], colors: Sequence[str]) -> None:
+def draw(axes: Sequence[Axes] | np.ndarray, arrays: Mapping[str, np.ndarray], colors: Sequence[str]) -> None:
     """Two panels: distances of scores, and of the divergence and its gradient, over time, on logarithmic axes.
 
     arrays: `times` [K] and, for a curve, its `<name>` and, if known, `<name>_stderr` [K]. KeyError if one of
@@ -34,9 +34,7 @@ def draw(axes: Sequence[Axes], arrays: Mapping[str, np.ndarray], colors: Sequenc
     """
     for ax, curves in zip(axes, (SCORES, DIVERGENCES), strict=True):
         top, bottom = 0.0, np.inf
-        for (name, label), color, line in zip(
-            curves.items(), colors, ("-", "--", "-.", ":", (0, (5, 1))), strict=False
-        ):
+        for (name, label), color, line in zip(curves.items(), colors, LINES, strict=False):
             if name not in arrays and name not in REQUIRED:
                 continue
             mean = np.where(arrays[name] > 0, arrays[name], np.nan)

@@ -21,7 +21,7 @@ from configs.default_configs import get_default_configs
 from parts import Config, Parts
 from runtime.records import read_json, write_json
 
-CODE = Path(__file__).parent
+CODE = Path(__file__).parent.parent
 WIDTH = 100
 
 
