@@ -90,7 +90,7 @@ def fine_tuned(name: str, seeds: int, curves: bool) -> Iterator[Run]:
 
 
 def digits_study(seeds: int) -> Iterator[Run]:
-    """What the gain on the digits depends on: the weight of the second order, and the length of the fine-tuning."""
+    """What the gain on the digits depends on: weight of the second order, length of the fine-tuning and, VP, before."""
     variants = {
         "order1": (1, 500),
         "order2_w0.1": (2, 500, "training.second_order_weight=0.1"),
@@ -98,11 +98,15 @@ def digits_study(seeds: int) -> Iterator[Run]:
         "order1_long": (1, 2_000),
         "order2_long": (2, 2_000),
     }
-    config = "configs/reproduce/digits_ve.py"
+    ve, vp = "configs/reproduce/digits_ve.py", "configs/reproduce/digits_vp.py"
     for seed in range(seeds):
-        base = Run("digits_ve", "base", seed, config, (order(1),))
+        plateau = Run("digits_study", "base_vp6000", seed, vp, (order(1), *length(6_000)))
+        yield plateau
+        for n in (1, 2):
+            yield Run("digits_study", f"order{n}_vp6000", seed, vp, (order(n), *length(500), *FINE_TUNE), plateau)
+        base = Run("digits_ve", "base", seed, ve, (order(1),))
         for variant, (n, steps, *overrides) in variants.items():
-            yield Run("digits_study", variant, seed, config, (order(n), *length(steps), *FINE_TUNE, *overrides), base)
+            yield Run("digits_study", variant, seed, ve, (order(n), *length(steps), *FINE_TUNE, *overrides), base)
 
 
 def experiments(fast: bool) -> dict[str, list[Run]]:
