@@ -5,7 +5,8 @@ python -m reproduce [--only mog_ve,digits_ve] [--fast] [--seeds 1] [--workdir ru
 
 Every training and evaluation is a `main.py` command, printed as it starts; `--jobs` run at a time. What is finished is
 not repeated, and a training goes on where it was. Afterwards (or alone, with `--collect`) the numbers of what is there
-go to `assets/reproduce/<experiment>.json` and the pictures beside them (`results.py`). A workdir is
+go to `assets/reproduce/<experiment>.json`, beside those that it holds of other runs, and the pictures (`results.py`).
+With `--missing` only runs that it holds no numbers of are done, as on a second machine. A workdir is
 <workdir>/<experiment>/<variant>_seed<k>.
 """
 
@@ -32,16 +33,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0, help="only the first so many of each; 0: all")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="commands at a time")
     parser.add_argument("--collect", action="store_true", help="run nothing; numbers and pictures of what is there")
+    parser.add_argument("--missing", action="store_true", help="only runs of which --out has no numbers yet")
     args = parser.parse_args()
     known = experiments(args.fast)
     names = args.only.split(",") if args.only else list(known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(known)}")
     known = {name: [run for run in runs if not args.seeds or run.seed < args.seeds] for name, runs in known.items()}
+    from reproduce import results
+
     failures = []
     if not args.collect:
-        failures = run_all(args.workdir, [run for name in names for run in known[name]], args.jobs)
-    from reproduce import results  # late: it imports JAX
+        wanted = {name: results.missing(name, known[name], args.out) if args.missing else known[name] for name in names}
+        failures = run_all(args.workdir, [run for name in names for run in wanted[name]], args.jobs)
 
     for name in names:
         for path in results.collect(args.workdir, name, known[name], args.out):

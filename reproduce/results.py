@@ -4,6 +4,8 @@
 The standard errors of means over seeds are over seeds; those of a difference are over the seeds' differences, each
 seed's two models having the same initial weights, data order, test examples and probes. With one seed, differences of
 images are over test examples instead, paired.
+
+What `<out>/<name>.json` holds of runs that are not in the workdir stays in it: seeds may be run on several machines.
 """
 
 import json
@@ -28,24 +30,44 @@ METRICS = {
     "fisher_score_ode": ("fisher", "score_ode"),
     "fisher_score_true": ("fisher", "score_true"),
 }
+PAIRED = "bpd of order 1 minus, paired over test examples"
 COMPARED = ("nll", "kl", "sde_kl", "test_nll", "bpd", "pixel_frechet")
 
 
 def collect(workdir: Path, name: str, runs: Sequence[Run], out: Path) -> Iterator[Path]:
     """Writes `out/<name>.json` and `out/<name>_*.png` of those runs that are evaluated; their paths."""
-    rows = [row for run in runs for row in rows_of(workdir, run)]
-    if not rows:
+    new = [row for run in runs for row in rows_of(workdir, run)]
+    if not new:
         return
     out.mkdir(parents=True, exist_ok=True)
-    result = {"experiment": name, "summary": summary(rows), "order 1 minus": differences(rows), "runs": rows}
-    if paired := paired_differences(workdir, runs):
-        result["bpd of order 1 minus, paired over test examples"] = paired
     path = out / f"{name}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    rows = with_new(old.get("runs", []), new, runs)
+    result = {"experiment": name, "summary": summary(rows), "order 1 minus": differences(rows), "runs": rows}
+    if paired := with_new(old.get(PAIRED, []), paired_differences(workdir, runs), runs):
+        result[PAIRED] = paired
     path.write_text(json.dumps(result, indent=1) + "\n")
     yield path
     from reproduce import pictures  # late: the numbers need no drawing
 
     yield from pictures.pictures(workdir, name, runs, result, out)
+
+
+def with_new(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Those of `new`, and those of `old` of other seeds of the same variants; in the order of `runs`."""
+    places = {(run.variant, run.seed): place for place, run in enumerate(runs)}
+    variants = {run.variant for run in runs}
+    replaced = {(row["variant"], row["seed"]) for row in new}
+    kept = [row for row in old if row["variant"] in variants and (row["variant"], row["seed"]) not in replaced]
+    return sorted([*kept, *new], key=lambda row: places.get((row["variant"], row["seed"]), len(places)))
+
+
+def missing(name: str, runs: Sequence[Run], out: Path) -> list[Run]:
+    """Those of which `<out>/<name>.json` has no numbers."""
+    path = out / f"{name}.json"
+    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    there = {(row["variant"], row["seed"]) for row in rows}
+    return [run for run in runs if (run.variant, run.seed) not in there]
 
 
 def rows_of(workdir: Path, run: Any) -> Iterator[dict[str, Any]]:

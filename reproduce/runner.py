@@ -2,6 +2,7 @@
 """Runs experiments as `main.py` commands, several at a time, and goes on where an earlier call was stopped."""
 
 import concurrent.futures
+from collections.abc import Sequence
 from pathlib import Path
 
 from errors import UserError
@@ -19,6 +20,21 @@ def command(workdir: Path, run: Run, mode: str, *overrides: str, eval_folder: st
     run_main(folder.with_name(f"{folder.name}.{eval_folder if mode == 'eval' else mode}.log"), *flags)
 
 
+def with_predecessors(runs: Sequence[Run]) -> list[Run]:
+    """The runs, each behind the one it starts from; of one that was not asked for there is no evaluation."""
+    listed = {run.folder: run for run in runs}
+    result: dict[Path, Run] = {}
+
+    def add(run: Run) -> None:
+        if run.after is not None:
+            add(listed.get(run.after.folder, run.after._replace(evaluations=())))
+        result.setdefault(run.folder, run)
+
+    for run in runs:
+        add(run)
+    return list(result.values())
+
+
 def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -> None:
     """Trains and evaluates a run, unless its results are there. A mark says that an evaluation is whole."""
     start = []
@@ -31,7 +47,7 @@ def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -
             raise UserError(f"{checkpoints} has no checkpoint for {run.folder}; run {run.after.experiment} first")
         start = [f"training.init_from={checkpoints / f'checkpoint_{max(numbers)}'}"]
     marks = [workdir / run.folder / folder / "whole" for folder, _ in run.evaluations]
-    if not all(mark.exists() for mark in marks):
+    if not marks or not all(mark.exists() for mark in marks):
         command(workdir, run, "train", *start)
     for (folder, overrides), mark in zip(run.evaluations, marks, strict=True):
         if not mark.exists():
@@ -39,8 +55,9 @@ def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -
             mark.touch()
 
 
-def run_all(workdir: Path, runs: list[Run], jobs: int) -> list[str]:
+def run_all(workdir: Path, runs: Sequence[Run], jobs: int) -> list[str]:
     """Runs them `jobs` at a time, each after the one it starts from; one line for each that failed."""
+    runs = with_predecessors(runs)
     futures: dict[Path, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for run in runs:

@@ -13,7 +13,7 @@ from configs.digits import ve_ncsnpp
 from errors import UserError
 from reproduce import results
 from reproduce.experiments import Run, experiments
-from reproduce.runner import do
+from reproduce.runner import do, with_predecessors
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -95,3 +95,32 @@ def test_a_missing_start_is_told(tmp_path):
     base = Run("x", "base", 0, "c.py", ())
     with pytest.raises(UserError, match="run x first"):
         do(tmp_path, Run("x", "order1", 0, "c.py", (), after=base), None)
+
+
+def test_numbers_of_other_machines_stay(tmp_path):
+    """Seed 0 here and seed 1 there, into one file: as both at once. What is run anew replaces what was."""
+    runs = [Run("x", variant, seed, "", ()) for seed in (0, 1) for variant in ("order1", "order2")]
+    for run in runs:
+        bpd = np.arange(5.0) - (run.variant == "order2") - run.seed
+        write(tmp_path / "both" / "x", run.variant, run.seed, bpd)
+        write(tmp_path / f"machine{run.seed}" / "x", run.variant, run.seed, bpd)
+    write(tmp_path / "anew" / "x", "order1", 0, np.arange(5.0) + 1)
+    (together, *_) = results.collect(tmp_path / "both", "x", runs, tmp_path / "out_both")
+    for machine in ("machine1", "machine0"):
+        (merged, *_) = results.collect(tmp_path / machine, "x", runs, tmp_path / "out")
+    assert json.loads(merged.read_text()) == json.loads(together.read_text())
+    assert results.missing("x", runs, merged.parent) == []
+    assert results.missing("x", runs, tmp_path) == runs
+    list(results.collect(tmp_path / "anew", "x", runs, merged.parent))
+    rows = json.loads(merged.read_text())["runs"]
+    assert [row["bpd"] for row in rows] == [3.0, 1.0, 1.0, 0.0]
+    list(results.collect(tmp_path / "machine0", "x", runs[:1], merged.parent))
+    assert {row["variant"] for row in json.loads(merged.read_text())["runs"]} == {"order1"}, "order2 is no variant now"
+
+
+def test_what_a_run_starts_from_is_trained_too():
+    """Once, before it, and not evaluated unless asked for."""
+    base = Run("x", "base", 0, "c.py", ())
+    runs = [Run("y", f"order{n}", 0, "c.py", (), after=base) for n in (1, 2)]
+    assert with_predecessors(runs) == [base._replace(evaluations=()), *runs]
+    assert with_predecessors([*runs, base]) == [base, *runs]
