@@ -84,7 +84,8 @@ def ode_log_likelihood(
     dx/dt = f x - g^2 s / 2 from x at eps to z at T;  log p(x) = log prior(z) + integral of (D f - g^2 tr J / 2) dt.
 
     With a probe, fixed over the solve, tr J is v . J v, and the mean over probes is log p(x); K probes are averaged at
-    every evaluation. The part D f is exact either way.
+    every evaluation. The part D f is exact either way. The second of a step's six stages takes s alone: neither the
+    result nor the error estimate reads the divergence there (`ode.rk45`).
 
     Args:
         rtol, atol: of one step's error in the state, which is x or w, and log p.
@@ -102,18 +103,26 @@ def ode_log_likelihood(
     dim = math.prod(x.shape[1:])
     flow, start, end, scales, unit = VARIABLES[variables](sde, eps, data_std, dim, x.dtype)
     state = x / scales[0], jnp.zeros(x.shape[0], x.dtype)
+
+    def derivative(time, state, v):
+        return flow(lambda x, t: score_and_divergence(score_fn, x, t, v), time, state)
+
+    def without_divergence(time, state, v):
+        return flow(lambda x, t: (score_fn(x, t), jnp.zeros_like(t)), time, state)
+
     solver: dict[str, Any] = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
     if lanes:
         if probe is not None and probe.ndim > x.ndim:
             probe = jnp.moveaxis(probe, 0, 1)  # examples lead
 
-        def flow_of_rows(time, state, v):
-            v = v if v is None or v.ndim == x.ndim else jnp.moveaxis(v, 1, 0)
-            return flow(score_fn, v, time, state)
+        def of_rows(time, state, v):
+            return derivative(time, state, v if v is None or v.ndim == x.ndim else jnp.moveaxis(v, 1, 0))
 
-        (w, change), stats = rk45_queue(flow_of_rows, state, start, end, probe, lanes=lanes, **solver)
+        solver["second_stage"] = without_divergence
+        (w, change), stats = rk45_queue(of_rows, state, start, end, probe, lanes=lanes, **solver)
     else:
-        (w, change), stats = rk45(functools.partial(flow, score_fn, probe), state, start, end, **solver)
+        solver["second_stage"] = functools.partial(without_divergence, v=None)
+        (w, change), stats = rk45(functools.partial(derivative, v=probe), state, start, end, **solver)
     z = w * scales[1]
     return sde.prior_logp(z) + dim * jnp.log(scales[1] / scales[0]) + unit * change, z, stats.nfe
 
@@ -121,7 +130,8 @@ def ode_log_likelihood(
 class Variables(NamedTuple):
     """The ODE in the variables that the solver steps in: a time, and x / scale with log p / unit."""
 
-    flow: Callable[..., tuple[Batch, PerExample]]  # (score_fn, probe, time [B], state) -> d state / d time
+    # (what gives score and divergence at x and t, time [B], state) -> d state / d time
+    flow: Callable[..., tuple[Batch, PerExample]]
     start: Array | float
     end: Array | float
     scales: tuple[Array | float, Array | float]  # at both ends
@@ -131,9 +141,9 @@ class Variables(NamedTuple):
 def plain_variables(sde: SDE, eps: float, data_std: float, dim: int, dtype: Any) -> Variables:
     """x over t."""
 
-    def flow(score_fn, probe, t, state):
+    def flow(score_and_divergence, t, state):
         x, _ = state
-        score, divergence = score_and_divergence(score_fn, x, t, probe)
+        score, divergence = score_and_divergence(x, t)
         f, half_g_sq = sde.drift_coefficient(t), 0.5 * sde.diffusion_sq(t)
         return batch_mul(f, x) - batch_mul(half_g_sq, score), dim * f - half_g_sq * divergence
 
@@ -161,13 +171,13 @@ def log_snr_variables(sde: SDE, eps: float, data_std: float, dim: int, dtype: An
         tau = jnp.arcsinh(jnp.exp(jnp.log(sde.sigma(t)) - sde.log_alpha(t)) / data_std)
         return tau, sde.alpha(t) * jnp.cosh(tau)
 
-    def flow(score_fn, probe, tau, state):
+    def flow(score_and_divergence, tau, state):
         w, _ = state
         t = jnp.clip(sde.time_at_log_snr(-2 * jnp.log(data_std * jnp.sinh(tau))), eps, sde.T)
         alpha, sigma = sde.alpha(t), sde.sigma(t)
         scale = alpha * jnp.cosh(tau)
         x = batch_mul(scale, w)
-        score, divergence = score_and_divergence(score_fn, x, t, probe)
+        score, divergence = score_and_divergence(x, t)
         gaussian = 1 / jnp.square(scale * data_std)
         residual = score + batch_mul(gaussian, x)
         change = -jnp.square(sigma) / jnp.tanh(tau) * (divergence + dim * gaussian)

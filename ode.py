@@ -74,6 +74,7 @@ def rk45(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 20_000,
+    second_stage: Callable[[Float[Array, "B"], Any], Any] | None = None,
 ) -> tuple[Any, Stats]:
     """Solves dy/dt = fun(t, y), y(t0) = y0, up to t1 for a batch of independent examples.
 
@@ -85,6 +86,8 @@ def rk45(
         t0, t1: scalars or [B]; t1 may lie before t0.
         rtol, atol: of the error of one step, see `_trial`.
         max_steps: limit on accepted + rejected steps of one example.
+        second_stage: taken for `fun` at the second stage of every step. That stage has weight 0 in y_new and in the
+            error, so entries of y that no derivative depends on need none there: give 0, and save their work.
 
     Returns:
         y(t1) in the structure of y0, and Stats with nfe = 2 + 6 (accepted + rejected). A failed example (status not 0)
@@ -92,15 +95,17 @@ def rk45(
     """
     y, t, t1, unravel = _flat(y0, t0, t1)
 
-    def flow(t, y):
-        return jax.vmap(_ravel)(fun(t, unravel(y)))
+    def flow_of(fun):
+        return lambda t, y: jax.vmap(_ravel)(fun(t, unravel(y)))
 
     def running(loop):
         return _running(loop, t1, max_steps)
 
+    flow = flow_of(fun)
+    flows = flow, flow_of(second_stage) if second_stage else None
     end = jax.lax.while_loop(
         lambda loop: jnp.any(running(loop)),
-        lambda loop: _trial(flow, loop, running(loop), t1, rtol, atol),
+        lambda loop: _trial(flows, loop, running(loop), t1, rtol, atol),
         _start(flow, t, y, t1, rtol, atol),
     )
     return _result(end, t1, unravel)
@@ -117,6 +122,7 @@ def rk45_queue(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 20_000,
+    second_stage: Callable[[Float[Array, "W"], Any, Any], Any] | None = None,
 ) -> tuple[Any, Stats]:
     """As `rk45`, with W = `lanes` examples at work at a time: one that is done makes room for the next of the B.
 
@@ -125,23 +131,24 @@ def rk45_queue(
 
     Args:
         fun: (t [W], y, data) -> dy/dt, all [W, ...]: the rows of the examples at work.
-        data: a pytree of arrays [B, ...], what `fun` needs of an example beside its state.
+        data: a pytree of arrays [B, ...], what `fun` and `second_stage` need of an example beside its state.
     """
     y, t, t1, unravel = _flat(y0, t0, t1)
     count, lanes = len(y), min(lanes, len(y))
 
-    def flow_of(example):
+    def flow_of(fun, example):
         rows = jax.tree.map(lambda leaf: leaf[example], data)
         return lambda t, y: jax.vmap(_ravel)(fun(t, unravel(y), rows))
 
     def begin(example):
-        return _start(flow_of(example), t[example], y[example], t1[example], rtol, atol)
+        return _start(flow_of(fun, example), t[example], y[example], t1[example], rtol, atol)
 
     def advance(queue):
         lane, example, waiting, ends = queue
         at_work = example < count
         row = jnp.minimum(example, count - 1)
-        lane = _trial(flow_of(row), lane, at_work & _running(lane, t1[row], max_steps), t1[row], rtol, atol)
+        flows = flow_of(fun, row), flow_of(second_stage, row) if second_stage else None
+        lane = _trial(flows, lane, at_work & _running(lane, t1[row], max_steps), t1[row], rtol, atol)
         done = at_work & ~_running(lane, t1[row], max_steps)
         # `ends` holds the start of an example until its end takes that place
         ends = _put(ends, jnp.where(done, example, count), lane)
@@ -197,7 +204,7 @@ def _where(mask, a, b):
     return jax.tree.map(lambda x, y: jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
 
 
-def _trial(flow, loop, running, t1, rtol, atol):
+def _trial(flows, loop, running, t1, rtol, atol):
     """One trial step of every running example; the others stay as they are.
 
     norm = root mean square over the example's state of error / (atol + rtol max(|y|, |y_new|)); accepted if below 1.
@@ -212,7 +219,7 @@ def _trial(flow, loop, running, t1, rtol, atol):
     t_new = jnp.where(direction * (t_new - t1) > 0, t1, t_new)
     step = jnp.where(active, t_new - t, 0)
 
-    y_new, f_new, error = dormand_prince_step(flow, t, y, loop.f, step)
+    y_new, f_new, error = dormand_prince_step(flows[0], t, y, loop.f, step, second_stage=flows[1])
     norm = _rms(error / (atol + rtol * jnp.maximum(jnp.abs(y), jnp.abs(y_new))))
     # An overflowed state has an infinite scale, which would pass any error.
     norm = jnp.where(_finite(y_new) & jnp.isfinite(norm), norm, jnp.inf)
@@ -232,9 +239,18 @@ def _trial(flow, loop, running, t1, rtol, atol):
 
 
 def dormand_prince_step(
-    fun: Flow, t: Float[Array, "B"], y: Float[Array, "B n"], f: Float[Array, "B n"], h: Float[Array, "B"]
+    fun: Flow,
+    t: Float[Array, "B"],
+    y: Float[Array, "B n"],
+    f: Float[Array, "B n"],
+    h: Float[Array, "B"],
+    *,
+    second_stage: Flow | None = None,
 ) -> tuple[Float[Array, "B n"], Float[Array, "B n"], Float[Array, "B n"]]:
-    """One step of signed size h from (t, y) with f = fun(t, y): (y_new, fun(t + h, y_new), error estimate of y_new)."""
+    """One step of signed size h from (t, y) with f = fun(t, y): (y_new, fun(t + h, y_new), error estimate of y_new).
+
+    second_stage: see `rk45`.
+    """
     h_column = h[:, None]
     nodes, stages, error = (jnp.asarray(table, y.dtype) for table in (NODES, STAGES, ERROR))
 
@@ -242,11 +258,14 @@ def dormand_prince_step(
         # Not a matrix product: accelerators round those to fewer bits.
         return h_column * jnp.sum(weights[:, None, None] * k, axis=0)
 
-    def stage(i, k):
+    def stage(i, k, fun=fun):
         return k.at[i + 1].set(fun(t + nodes[i] * h, y + combine(stages[i], k)))
 
     k = jnp.zeros((7, *y.shape), y.dtype).at[0].set(f)
-    k = jax.lax.fori_loop(0, 6, stage, k)  # a loop, so that a large network is compiled once and not six times
+    if second_stage:
+        k = stage(0, k, second_stage)
+    # a loop, so that a large network is compiled once and not six times
+    k = jax.lax.fori_loop(1 if second_stage else 0, 6, stage, k)
     return y + combine(stages[5], k), k[6], combine(error, k)
 
 

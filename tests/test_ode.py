@@ -213,3 +213,26 @@ def test_queue_of_trees():
     y, _ = rk45_queue(fun, state, 0.0, 1.5, data, lanes=2)
     np.testing.assert_allclose(y["x"][:, 0, 1], np.exp(-1.5 * np.arange(1, 6)), rtol=2e-3, atol=1e-5)
     np.testing.assert_allclose(y["log"], np.arange(5) * np.sin(1.5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_a_quadrature_needs_no_derivative_at_the_second_stage(x64, lanes):
+    """An integral beside the state: the same steps and result with anything for its derivative there; a state, not."""
+    y0 = jnp.stack([jnp.linspace(-2, 2, 5), jnp.ones(5)], axis=-1), jnp.zeros(5)
+
+    def fun(t, y, data, noise=0.0, shift=0.0):
+        return van_der_pol(t, y[0]) + shift, y[0][:, 0] * jnp.cos(3 * t) + noise
+
+    def solve(second_stage):
+        if lanes:
+            return rk45_queue(fun, y0, 0.0, 2.0, None, lanes=lanes, second_stage=second_stage)
+        second = second_stage and (lambda t, y: second_stage(t, y, None))
+        return rk45(lambda t, y: fun(t, y, None), y0, 0.0, 2.0, second_stage=second)
+
+    (state, integral), stats = solve(None)
+    (same_state, same_integral), same_stats = solve(lambda t, y, data: fun(t, y, data, noise=1e3))
+    np.testing.assert_array_equal(stats.nfe, same_stats.nfe)
+    np.testing.assert_allclose(same_state, state, rtol=1e-12)
+    np.testing.assert_allclose(same_integral, integral, rtol=1e-9)
+    (other, _), _ = solve(lambda t, y, data: fun(t, y, data, shift=1e-2))
+    assert np.max(np.abs(other - state)) > 1e-9
