@@ -7,6 +7,7 @@ python main.py --config configs/toy/mog_ve.py --workdir runs/mog --mode train --
 import errno
 import os
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -100,6 +101,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """
     if {"--help", "-help", "-h"} & set(argv[1:]):
         ours = FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("mode"))
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader who has enough (`| head`) ends it in silence
         described = {f.name: f.help + (f" [{f.default}]" if f.default is not None else "") for f in ours}
         print(usage.help_text(described, Path(__file__).parent))
         sys.exit(0)

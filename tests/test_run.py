@@ -278,6 +278,15 @@ def test_help_names_every_mode_flag_and_config_at_once():
     assert missing.returncode == 1 and "error: --config must be given; python main.py --help" in missing.stderr
 
 
+def test_help_may_be_cut_short():
+    """As by `| head -3`: no traceback of a broken pipe."""
+    command = [sys.executable, "main.py", "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize("example", usage.EXAMPLES)
 def test_examples_of_the_help_are_right(example):
     for argument in example.split():
