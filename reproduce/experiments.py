@@ -98,6 +98,12 @@ def digits_study(seeds: int) -> Iterator[Run]:
         "order1_long": (1, 2_000),
         "order2_long": (2, 2_000),
     }
+    under_vp = {
+        "order1_vp": (1, 500),
+        "order2_vp_w0.1": (2, 500, "training.second_order_weight=0.1"),
+        "order1_vp_long": (1, 2_000),
+        "order2_vp_long": (2, 2_000),
+    }
     ve, vp = "configs/reproduce/digits_ve.py", "configs/reproduce/digits_vp.py"
     for seed in range(seeds):
         plateau = Run("digits_study", "base_vp6000", seed, vp, (order(1), *length(6_000)))
@@ -107,6 +113,9 @@ def digits_study(seeds: int) -> Iterator[Run]:
         base = Run("digits_ve", "base", seed, ve, (order(1),))
         for variant, (n, steps, *overrides) in variants.items():
             yield Run("digits_study", variant, seed, ve, (order(n), *length(steps), *FINE_TUNE, *overrides), base)
+        base = Run("digits_vp", "base", seed, vp, (order(1),))
+        for variant, (n, steps, *overrides) in under_vp.items():
+            yield Run("digits_study", variant, seed, vp, (order(n), *length(steps), *FINE_TUNE, *overrides), base)
 
 
 def experiments(fast: bool) -> dict[str, list[Run]]:

@@ -166,8 +166,10 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _first_order(table: Mapping[tuple, Any], variant: str, *key: Any) -> Any:
-    """That of order1_wide for order2_wide; of order1 if there is none, as for variants of the weights."""
-    return table.get(("order1" + variant[6:], *key), table.get(("order1", *key)))
+    """That of the same family: for order2_vp_w0.1, order1_vp_w0.1 or else order1_vp or else order1; None without."""
+    family = variant[len("order2") :].split("_")
+    names = ("order1" + "_".join(family[:n]) for n in range(len(family), 0, -1))
+    return next((found for name in names if (found := table.get((name, *key))) is not None), None)
 
 
 def paired_differences(workdir: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -64,16 +64,17 @@ def test_differences_are_paired(tmp_path):
 
 
 def test_a_variant_is_compared_with_its_own_first_order(tmp_path):
-    """order2_long with order1_long, and order2_w10, which has none, with order1."""
-    gains = {"order1": 0.0, "order1_long": 1.0, "order2_long": 1.25, "order2_w10": 0.75}
+    """order2_long with order1_long; order2_w10, which has none, with order1; order2_vp_w10 with order1_vp."""
+    gains = {"order1": 0.0, "order1_long": 1.0, "order1_vp": 2.0}
+    gains |= {"order2_long": 1.25, "order2_w10": 0.75, "order2_vp_w10": 2.5}
     for variant, gain in gains.items():
         write(tmp_path / "x", variant, 0, np.arange(5.0) - gain)
     runs = [Run("x", variant, 0, "", ()) for variant in gains]
     (path, *_) = results.collect(tmp_path, "x", runs, tmp_path / "out")
     result = json.loads(path.read_text())
+    expected = {"order2_long": 0.25, "order2_w10": 0.75, "order2_vp_w10": 0.5}
     for rows in (result["order 1 minus"], result["bpd of order 1 minus, paired over test examples"]):
-        found = {row["variant"]: row.get("bpd", row)["mean"] for row in rows}
-        assert found == {"order2_long": pytest.approx(0.25), "order2_w10": pytest.approx(0.75)}
+        assert {row["variant"]: row.get("bpd", row)["mean"] for row in rows} == pytest.approx(expected)
 
 
 @pytest.mark.slow
