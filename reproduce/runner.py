@@ -57,14 +57,24 @@ def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -
 
 def run_all(workdir: Path, runs: Sequence[Run], jobs: int) -> list[str]:
     """Runs them `jobs` at a time, each after the one it starts from; one line for each that failed."""
-    runs = with_predecessors(runs)
+    waiting = with_predecessors(runs)
     futures: dict[Path, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for run in runs:
-            before = None if run.after is None else futures.get(run.after.folder)
-            futures[run.folder] = pool.submit(do, workdir, run, before)
+        while waiting:
+            under_way = [future for future in futures.values() if not future.done()]
+            ready = [run for run in waiting if run.after is None or _is_done(futures.get(run.after.folder))]
+            for run in ready[: jobs - len(under_way)]:
+                waiting.remove(run)
+                before = None if run.after is None else futures[run.after.folder]
+                futures[run.folder] = pool.submit(do, workdir, run, before)
+                under_way.append(futures[run.folder])
+            concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
     failures = {folder: future.exception() for folder, future in futures.items()}
     unexpected = [error for error in failures.values() if error is not None and not isinstance(error, UserError)]
     if unexpected:
         raise unexpected[0]
     return [f"{folder}: {error}" for folder, error in failures.items() if error is not None]
+
+
+def _is_done(future: concurrent.futures.Future | None) -> bool:
+    return future is not None and future.done()

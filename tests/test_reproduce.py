@@ -2,6 +2,7 @@
 """What `python -m reproduce` runs and what its numbers are made of."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from benchmarks.common import config_of
 from configs.check import check_config
 from configs.digits import ve_ncsnpp
 from errors import UserError
-from reproduce import results
+from reproduce import results, runner
 from reproduce.experiments import Run, experiments
 from reproduce.runner import do, with_predecessors
 
@@ -125,3 +126,26 @@ def test_what_a_run_starts_from_is_trained_too():
     runs = [Run("y", f"order{n}", 0, "c.py", (), after=base) for n in (1, 2)]
     assert with_predecessors(runs) == [base._replace(evaluations=()), *runs]
     assert with_predecessors([*runs, base]) == [base, *runs]
+
+
+def test_a_run_that_waits_for_another_holds_up_nobody(tmp_path, monkeypatch):
+    """Two at a time: while the base of x is trained, y's is too, though runs of x come before it; a failure is told."""
+    started = {name: threading.Event() for name in ("x", "y")}
+
+    def fake(workdir, run, predecessor):
+        if predecessor is not None:
+            predecessor.result()
+        done.append(run.folder.name)
+        if run.variant == "base":
+            started[run.experiment].set()
+            assert all(event.wait(20) for event in started.values()), "both bases at once"
+        if run.variant == "order3":
+            raise UserError("no room")
+
+    done = []
+    monkeypatch.setattr(runner, "do", fake)
+    bases = {name: Run(name, "base", 0, "c.py", ()) for name in started}
+    runs = [Run(name, f"order{n}", 0, "c.py", (), after=bases[name]) for name in bases for n in (1, 2, 3)]
+    failures = runner.run_all(tmp_path, [*runs, Run("z", "order1", 0, "c.py", ())], 2)
+    assert sorted(done[:2]) == ["base_seed0"] * 2 and len(done) == 9
+    assert failures == ["x/order3_seed0: no room", "y/order3_seed0: no room"]
