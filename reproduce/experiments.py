@@ -98,11 +98,15 @@ def digits_study(seeds: int) -> Iterator[Run]:
         "order1_long": (1, 2_000),
         "order2_long": (2, 2_000),
     }
+    importance = "training.likelihood_weighting=True", "training.importance_weighting=True"
     under_vp = {
         "order1_vp": (1, 500),
         "order2_vp_w0.1": (2, 500, "training.second_order_weight=0.1"),
         "order1_vp_long": (1, 2_000),
         "order2_vp_long": (2, 2_000),
+        "order2_vp_long_w0.1": (2, 2_000, "training.second_order_weight=0.1"),
+        "order1_vp_importance": (1, 500, *importance),
+        "order2_vp_importance": (2, 500, *importance),
     }
     ve, vp = "configs/reproduce/digits_ve.py", "configs/reproduce/digits_vp.py"
     for seed in range(seeds):
