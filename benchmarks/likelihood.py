@@ -185,7 +185,7 @@ def timed(name: str, solve: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def with_error_of(limit: float, problem: Problem, solve: Callable[..., Result], truth: np.ndarray) -> float:
-    """The tolerance of an error no larger than the limit: from 1e-5 looser, as long as it holds, or tighter, until so."""
+    """The tolerance whose error is within the limit: looser than 1e-5 as long as that holds, or tighter until so."""
 
     def holds(tolerance: float) -> bool:
         result, _ = timed(f"log-SNR time at {tolerance:.1e}", functools.partial(solve, tolerance))
