@@ -24,10 +24,11 @@ reproduce-fast: .venv/run.stamp
 reproduce: .venv/run.stamp
 	$(BIN)/python -m reproduce
 
-# Some 40 minutes on 2 cores. The trained networks are those of the README's digits commands.
+# More than an hour on 2 cores. The trained networks are those of the README's digits commands.
 bench: .venv/run.stamp runs/bench/digits_ve.stamp runs/bench/digits_vp.stamp
 	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_ve --config configs/digits/ve_ncsnpp.py
 	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_vp --config configs/digits/vp_ddpmpp.py
+	$(BIN)/python -m benchmarks.likelihood --batch 4 --repeats 1 --no-reference
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.step --flags
 	$(BIN)/python -m benchmarks.step --jitted 4
