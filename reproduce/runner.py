@@ -56,8 +56,9 @@ def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -
 
 
 def run_all(workdir: Path, runs: Sequence[Run], jobs: int) -> list[str]:
-    """Runs them `jobs` at a time, each after the one it starts from; one line for each that failed."""
-    waiting = with_predecessors(runs)
+    """Runs them `jobs` at a time, each after the one it starts from; one line for each that failed, in their order."""
+    everything = with_predecessors(runs)
+    waiting = list(everything)
     futures: dict[Path, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         while waiting:
@@ -69,7 +70,7 @@ def run_all(workdir: Path, runs: Sequence[Run], jobs: int) -> list[str]:
                 futures[run.folder] = pool.submit(do, workdir, run, before)
                 under_way.append(futures[run.folder])
             concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
-    failures = {folder: future.exception() for folder, future in futures.items()}
+    failures = {run.folder: futures[run.folder].exception() for run in everything}
     unexpected = [error for error in failures.values() if error is not None and not isinstance(error, UserError)]
     if unexpected:
         raise unexpected[0]
