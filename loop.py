@@ -16,6 +16,7 @@ import checkpoints
 import losses
 from errors import UserError
 from parts import Config, first, replicate, shard
+from runtime import programs
 from runtime.interrupts import StopRequest
 from runtime.launch import program_memory
 from runtime.records import MetricsLog, Pending
@@ -44,9 +45,12 @@ class Job(NamedTuple):
 class Steps:
     """The pmapped step of a `Job`: (state, x) -> (state, metrics), compiled once, for the shapes of the first batch."""
 
-    def __init__(self, p_fn: Any, frozen: Any):
-        """p_fn: the pmap of (state, x, frozen); frozen: replicated parameters that do not change."""
-        self._p_fn, self._frozen = p_fn, frozen
+    def __init__(self, p_fn: Any, frozen: Any, facts: Any = None):
+        """p_fn: the pmap of (state, x, frozen); frozen: replicated parameters that do not change.
+
+        facts: what else p_fn depends on beside the code, such as the config (`programs.compiled`).
+        """
+        self._p_fn, self._frozen, self._facts = p_fn, frozen, facts
 
     def compile(self, state: losses.TrainState, x: np.ndarray) -> None:
         """Ahead of the first call, to tell how long it takes and how much memory the program wants of a device."""
@@ -54,9 +58,10 @@ class Steps:
             return  # only the pmap itself joins the hosts' parts of x to one array
         logging.info("compiling the training step; minutes for a large network or an order above 1")
         start = time.monotonic()
-        self._p_fn = self._p_fn.lower(state, x, self._frozen).compile()
+        self._p_fn, kept = programs.compiled(self._p_fn, (state, x, self._frozen), self._facts)
         seconds, memory = time.monotonic() - start, program_memory(self._p_fn.memory_analysis())
-        logging.info("compiled in %.1f s%s", seconds, f"; it needs {memory}" if memory else "")
+        verb = "read from an earlier launch" if kept else "compiled"
+        logging.info("%s in %.1f s%s", verb, seconds, f"; it needs {memory}" if memory else "")
 
     def __call__(self, state: losses.TrainState, x: np.ndarray) -> tuple[losses.TrainState, dict[str, jax.Array]]:
         return self._p_fn(state, x, self._frozen)

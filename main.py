@@ -44,9 +44,13 @@ def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs on disk, so that a second launch starts in a fraction of the time."""
     import jax
 
+    from runtime import programs
+
     if folder:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+        path = Path(folder).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        programs.keep_in(path / "programs")
 
 
 def log_config() -> None:

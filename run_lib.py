@@ -31,9 +31,10 @@ from runtime.records import read_json, write_json
 from snapshots import sample_saver
 
 
-def pmapped_steps(step_fn_of, frozen: Any = ()) -> loop.Steps:
+def pmapped_steps(config: Config, step_fn_of, frozen: Any = ()) -> loop.Steps:
     """(state, x [devices, n, b, ...]) -> (state, metrics [devices, n]): n steps of `step_fn_of(frozen)`.
 
+    config: all that `step_fn_of` depends on, beside the code.
     frozen: parameters that do not change, an argument of the program because as constants they would swell it.
     """
 
@@ -41,7 +42,7 @@ def pmapped_steps(step_fn_of, frozen: Any = ()) -> loop.Steps:
     def steps(state, x, frozen):
         return jax.lax.scan(step_fn_of(frozen), state, x)
 
-    return loop.Steps(steps, replicate(frozen))
+    return loop.Steps(steps, replicate(frozen), facts=config.to_dict())
 
 
 def _snapshot_number(config, step: int) -> int:
@@ -150,7 +151,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             state=state,
             record=record,
             loader=_train_loader(parts, config.data),
-            p_step=pmapped_steps(lambda _: step_fn),
+            p_step=pmapped_steps(config, lambda _: step_fn),
             n_iters=training.n_iters,
             eval_fn=_eval_fn(parts, lambda _: plain_loss_fn, dequantize=config.data.uniform_dequantization),
             on_snapshot=sample_saver(parts, workdir) if training.snapshot_sampling else None,
@@ -213,7 +214,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
             state=state,
             record=record,
             loader=_train_loader(parts, _as_levels(config.data)),
-            p_step=pmapped_steps(step_fn_of, frozen),
+            p_step=pmapped_steps(config, step_fn_of, frozen),
             n_iters=config.deq.n_iters,
             eval_fn=_eval_fn(parts, functools.partial(loss_fn_of, train=False), frozen, dequantize=False, scale=False),
             facts=facts,

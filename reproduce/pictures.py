@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of the experiments: densities, scores and trajectories of the mixture, 2-D densities, curves, samples."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,17 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
-import ml_collections
 import numpy as np
 
-import checkpoints
 import diagnostics
 import parts
 import sde_lib
-from configs.default_configs import get_default_configs
 from ode import rk45
 from plots import fisher_curves, run_files
 from plots.canvas import PALETTE, STYLE, TRUTH, panels, png
+from reproduce.restored import restored
 
 ORDERS = ("order1", "order2", "order3")
 LABELS = {"order1": "order 1", "order2": "order 2", "order3": "order 3"}
@@ -60,11 +57,8 @@ def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, An
 
 def load_model(folder: Path) -> tuple[parts.Parts, Any]:
     """The parts of a run and the score function of its newest checkpoint's EMA parameters."""
-    config = get_default_configs()  # for keys that came after the run
-    config.update(ml_collections.ConfigDict(json.loads((folder / "config.json").read_text())))
-    built = parts.build(config)
-    state = checkpoints.restore(checkpoints.find(folder / "checkpoints", 0)).state
-    return built, jax.jit(built.score_fn(state["ema_params"], state.get("model_state", {})))
+    built, params, model_state = restored(folder)
+    return built, jax.jit(built.score_fn(params, model_state))
 
 
 def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[str, tuple[parts.Parts, Any]]):

@@ -14,6 +14,8 @@ LOW = LOWEST | {"sde_lib", "ode", "configs"}
 MIDDLE = {"checkpoints", "report", "evaluation", "datasets", "likelihood", "sampling", "losses", "models"}
 MIDDLE |= {"dequantization", "diagnostics", "runtime.records"}
 
+PLOTS = {"plots.canvas", "plots.fisher_curves", "plots.run_files"}
+
 # module -> the project's modules that it may import
 ALLOWED = {
     "errors": set(),
@@ -46,22 +48,25 @@ ALLOWED = {
     "parts": LOW | MIDDLE,
     "runtime.interrupts": LOWEST,
     "runtime.locks": LOWEST,
+    "runtime.programs": set(),
     "runtime.launch": LOW | MIDDLE | {"parts"},
-    "loop": LOW | MIDDLE | {"parts", "runtime.interrupts", "runtime.launch", "runtime.trackers"},
+    "loop": LOW | MIDDLE | {"parts"} | {f"runtime.{name}" for name in ("interrupts", "launch", "programs", "trackers")},
     "evaluators": LOW | MIDDLE | {"parts", "evaluators", "fokker_planck"},
     "snapshots": LOW | MIDDLE | {"parts", "evaluators"},
     "run_lib": LOW | MIDDLE | {"parts", "evaluators", "loop", "runtime.locks", "runtime.launch", "snapshots"},
     "runtime.hosts": LOWEST,
     "runtime.usage": set(),
     "runtime.console": LOWEST,
-    "main": LOW | {"run_lib", "runtime.hosts", "evaluation", "runtime.usage", "runtime.console"},
+    "main": LOW | {"run_lib", "evaluation"} | {f"runtime.{name}" for name in ("hosts", "usage", "console", "programs")},
     "runtime.commands": LOWEST,
     "quickstart": LOWEST | {"report", "runtime.commands"},
     "reproduce.experiments": set(),
     "reproduce.runner": LOWEST | {"reproduce.experiments", "runtime.commands"},
     "reproduce.__main__": LOWEST | {"reproduce.experiments", "reproduce.runner", "reproduce.results"},
     "reproduce.results": LOW | MIDDLE | {"plots.run_files", "reproduce.experiments", "reproduce.pictures"},
-    "reproduce.pictures": LOW | MIDDLE | {"parts", "plots.canvas", "plots.fisher_curves", "plots.run_files"},
+    "reproduce.restored": LOW | MIDDLE | {"parts"},
+    "reproduce.pictures": LOW | MIDDLE | {"parts", "reproduce.restored"} | PLOTS,
+    "reproduce.splices": LOW | MIDDLE | {"parts", "evaluators", "reproduce.restored"} | PLOTS,
 }
 PURE = {"losses", "likelihood", "sampling", "sde_lib", "ode", "diagnostics", "dequantization", "fokker_planck"}
 

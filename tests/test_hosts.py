@@ -26,7 +26,8 @@ def free_port():
 
 
 def environment(devices):
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags}
 
 
 def start_two(mode, workdir, devices=1, **overrides):

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The newest model of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+import checkpoints
+import parts
+from configs.default_configs import get_default_configs
+from errors import UserError
+
+
+def restored(folder: Path) -> tuple[parts.Parts, Any, Any]:
+    """The parts of the run in `folder`, EMA parameters and model state of its newest checkpoint. UserError: none."""
+    path = checkpoints.find(folder / "checkpoints", 0)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json: it is not the workdir of a run of ours")
+    config = get_default_configs()  # for keys that came after the run
+    config.update(ml_collections.ConfigDict(json.loads((folder / "config.json").read_text())))
+    state = checkpoints.restore(path).state
+    return parts.build(config), state["ema_params"], state.get("model_state", {})

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in time one model's likelihood is better than another's: ODEs whose score is of either, by the time.
+
+python -m reproduce.splices [--workdir runs/reproduce] [--only vp,ve] [--num 64] [--out assets/reproduce]
+
+Takes the runs of `python -m reproduce --only digits_study`, orders 1 and 2 from the same first-order model. For each
+time the ODE's score is of order 1 before it and of order 2 after it; bits/dim less those of order 1 alone, on the same
+test images and probes, are what order 2 costs from that time on. Numbers and picture go to `digits_splices.json` and
+`.png`; pairs that were not asked for stay in them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+
+import evaluation
+from errors import UserError
+from evaluators.context import split
+from evaluators.likelihood import bits_per_dim, log_likelihood
+from models.score import ScoreFn
+from parts import Parts, replicate
+from plots.canvas import PALETTE, STYLE, panels, plus_minus, png
+from reproduce.restored import restored
+
+STUDY = "digits_study"
+PAIRS = {
+    "ve": ("order1_long", "order2_long", "VE, 2,000 steps"),
+    "vp": ("order1_vp_long", "order2_vp_long", "VP, 2,000 steps"),
+    "vp_importance": ("order1_vp_importance", "order2_vp_importance", "VP, 500 steps, times for likelihood"),
+}
+TIMES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6)
+
+
+class Spliced(Parts):
+    """Parts whose parameters are those of two models of the same network, and the time at which one takes over."""
+
+    def score_fn(self, params: tuple[Any, Any, jax.Array], model_state: tuple[Any, Any], dropout_keys=None) -> ScoreFn:
+        """The score of the first model at t < time and of the second from there on; for evaluation only."""
+        assert dropout_keys is None
+        first, second, time = params
+        before, after = (super(Spliced, self).score_fn(p, s) for p, s in zip((first, second), model_state, strict=True))
+
+        def score(x, t):
+            return jnp.where((t < time).reshape(-1, *[1] * (x.ndim - 1)), before(x, t), after(x, t))
+
+        return score
+
+
+def splices(first: Path, second: Path, times: Sequence[float], num: int) -> list[dict[str, Any]]:
+    """A row for each time, the first model alone last: bits/dim on the first `num` test images, and less the first's.
+
+    first, second: workdirs of runs of the same network. Seed, probes and solver are the config's of the first.
+    """
+    built, *model = restored(first)
+    _, *other = restored(second)
+    params, model_state = zip(model, other, strict=True)
+    spliced = Spliced(*built)
+    examples = split(spliced, "test", limit=num)
+    likelihood_fn = log_likelihood(spliced, examples.size)
+    copies, states = replicate(params), replicate(model_state)
+
+    def bits(time: float) -> np.ndarray:
+        rows = []
+        for unit in range(examples.num_units):
+            repeat, x, index = examples.batch(unit)
+            rows.append(likelihood_fn((*copies, replicate(np.float32(time))), states, x, index, repeat)[0])
+        return bits_per_dim(built, np.concatenate(rows))
+
+    alone = bits(np.inf)
+    result = []
+    for time in [*times, np.inf]:
+        bpd = alone if np.isinf(time) else bits(time)
+        sigma = None if np.isinf(time) else float(built.sde.sigma(jnp.float32(time)))
+        difference = evaluation.mean_and_stderr((bpd - alone)[None])
+        row = {"time": None if np.isinf(time) else time, "sigma": sigma, "bpd": float(bpd.mean())}
+        result.append(row | {"minus the first": difference})
+        print(f"  {time:<8g} {row['bpd']:.4f}  {plus_minus(difference['mean'], difference['stderr'])}", flush=True)
+    return result
+
+
+@mpl.rc_context(STYLE)
+def picture(pairs: dict[str, list[dict[str, Any]]]) -> bytes:
+    """Differences against the time; t = 0, the second model alone, at the left end."""
+    figure, ((axis,),) = panels(1, 1, 6.4, 3.6)
+    for color, (name, rows) in zip(PALETTE, pairs.items(), strict=False):
+        rows = [row for row in rows if row["time"] is not None]
+        x = [row["time"] or 1e-5 for row in rows]
+        mean, error = ([row["minus the first"][key] for row in rows] for key in ("mean", "stderr"))
+        axis.errorbar(x, mean, error, color=color, marker="o", ms=3, lw=1.2, capsize=2, label=PAIRS[name][2])
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set(xscale="log", xlabel="time from which the score is order 2's (left: all)")
+    axis.set(ylabel="bits/dim less order 1's")
+    axis.legend()
+    return png(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m reproduce.splices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--out", type=Path, default=Path("assets/reproduce"), help="folder of numbers and picture")
+    parser.add_argument("--only", default=",".join(PAIRS), help="of the pairs, with commas between them")
+    parser.add_argument("--num", type=int, default=64, help="test images")
+    args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in PAIRS]:
+        parser.error(f"no pair {', '.join(unknown)}; there are {', '.join(PAIRS)}")
+    if args.num < 2:
+        parser.error(f"--num {args.num}: a standard error needs two images")
+    path = args.out / "digits_splices.json"
+    found = json.loads(path.read_text())["pairs"] if path.exists() else {}
+    for name in names:
+        first, second, title = PAIRS[name]
+        print(f"{title}: time, bits/dim, less order 1's", flush=True)
+        study = args.workdir / STUDY
+        found[name] = splices(study / f"{first}_seed0", study / f"{second}_seed0", TIMES, args.num)
+    found = {name: found[name] for name in PAIRS if name in found}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"num": args.num, "pairs": found}, indent=1) + "\n")
+    path.with_suffix(".png").write_bytes(picture(found))
+    print(f"{path}\n{path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
