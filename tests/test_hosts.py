@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import checkpoints
-from tests.test_interruptions import ROOT, command, finish, wait_until
+from tests.test_interruptions import ENVIRONMENT, FLAGS, ROOT, command, finish, wait_until
 
 TRAIN = {"training.n_iters": 8, "training.snapshot_freq": 4, "training.snapshot_freq_for_preemption": 4}
 TRAIN |= {"training.log_freq": 2, "training.eval_freq": 4, "training.score_matching_order": 2}
@@ -26,8 +26,7 @@ def free_port():
 
 
 def environment(devices):
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags}
+    return {**ENVIRONMENT, "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}"}
 
 
 def start_two(mode, workdir, devices=1, **overrides):

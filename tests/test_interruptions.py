@@ -18,6 +18,9 @@ import checkpoints
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".jax_cache" / "main"
+# A launch compiles for longer than it runs: no time is spent on making the programs fast.
+FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": FLAGS}
 TRAIN = {"training.n_iters": 60, "training.snapshot_freq": 20, "training.snapshot_freq_for_preemption": 4}
 TRAIN |= {"training.log_freq": 2, "training.eval_freq": 10}
 
@@ -30,12 +33,19 @@ def command(mode, workdir, **overrides):
 
 def start(*args, **overrides):
     return subprocess.Popen(
-        command(*args, **overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(*args, **overrides),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 def finish(*args, **overrides):
-    done = subprocess.run(command(*args, **overrides), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(*args, **overrides), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 

@@ -135,7 +135,7 @@ def test_micro_batches_of_a_network_with_dropout(order):
     assert relative_norm(parts, whole) < 1e-6
 
 
-@pytest.mark.parametrize("block", ["biggan", "ddpm"])
+@pytest.mark.parametrize("block", [pytest.param("biggan", marks=pytest.mark.slow), "ddpm"])
 def test_remat_changes_neither_parameters_nor_gradients(block):
     x, t = jnp.asarray(np.random.default_rng(0).random((2, 8, 8, 3))), jnp.array([0.3, 0.7])
     sde, keys = sde_lib.VPSDE(), jax.random.split(jax.random.PRNGKey(1), 2)

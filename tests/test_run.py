@@ -2,7 +2,6 @@
 """Whole runs on the digits: train, stop, resume, evaluate; and what bad input is answered with."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from configs.check import check_config, check_key
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
 from runtime import launch, usage
+from tests.test_interruptions import ENVIRONMENT, FLAGS
 from tests.tiny import tiny_digits
 
 ROOT = Path(__file__).parent.parent
@@ -230,7 +230,7 @@ def test_unknown_and_mistyped_keys():
 
 
 def main(*arguments, devices=1):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = {**ENVIRONMENT, "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "main.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 

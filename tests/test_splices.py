@@ -29,8 +29,10 @@ def runs(tmp_path_factory):
         config.eval.update(rtol=1e-4, atol=1e-4, batch_size=4)
         folder = tmp_path_factory.mktemp("runs") / f"seed{seed}"
         state = jax.device_get(parts.build(config).init_state())
-        noisy = jax.tree.map(lambda p: p + 0.3 * np.random.default_rng(seed).normal(size=p.shape), state.ema_params)
-        checkpoints.save(folder / "checkpoints", state.replace(ema_params=noisy), 1, {"config": config.to_dict()})
+        leaves, tree = jax.tree.flatten(state.ema_params)
+        rng = np.random.default_rng(seed)
+        noisy = state.replace(ema_params=tree.unflatten([p + 0.3 * rng.normal(size=p.shape) for p in leaves]))
+        checkpoints.save(folder / "checkpoints", noisy, 1, {"config": config.to_dict()})
         (folder / "config.json").write_text(json.dumps(config.to_dict()))
         folders.append(folder)
     return folders

@@ -72,6 +72,7 @@ def found(monkeypatch, tmp_path):
     return json.loads(notebook.cells[-1].outputs[0]["text"])
 
 
+@pytest.mark.slow
 def test_executes_and_is_true(found):
     results = found["results"]
     models = {f"{process}, {name}" for process in ("ODE", "SDE") for name in ("exact score", "order 1", "order 3")}
