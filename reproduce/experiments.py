@@ -107,6 +107,8 @@ def digits_study(seeds: int) -> Iterator[Run]:
         "order2_vp_long_w0.1": (2, 2_000, "training.second_order_weight=0.1"),
         "order1_vp_importance": (1, 500, *importance),
         "order2_vp_importance": (2, 500, *importance),
+        "order1_vp_importance_long": (1, 2_000, *importance),
+        "order2_vp_importance_long": (2, 2_000, *importance),
     }
     ve, vp = "configs/reproduce/digits_ve.py", "configs/reproduce/digits_vp.py"
     for seed in range(seeds):
