@@ -48,7 +48,7 @@ class Steps:
     def __init__(self, p_fn: Any, frozen: Any, facts: Any = None):
         """p_fn: the pmap of (state, x, frozen); frozen: replicated parameters that do not change.
 
-        facts: what else p_fn depends on beside the code, such as the config (`programs.compiled`).
+        facts: what else p_fn depends on beside the code, such as the config (`programs.Kept`).
         """
         self._p_fn, self._frozen, self._facts = p_fn, frozen, facts
 
@@ -56,11 +56,12 @@ class Steps:
         """Ahead of the first call, to tell how long it takes and how much memory the program wants of a device."""
         if jax.process_count() > 1:
             return  # only the pmap itself joins the hosts' parts of x to one array
-        logging.info("compiling the training step; minutes for a large network or an order above 1")
-        start = time.monotonic()
-        self._p_fn, kept = programs.compiled(self._p_fn, (state, x, self._frozen), self._facts)
-        seconds, memory = time.monotonic() - start, program_memory(self._p_fn.memory_analysis())
-        verb = "read from an earlier launch" if kept else "compiled"
+        start, kept = time.monotonic(), programs.Kept((state, x, self._frozen), self._facts)
+        program, verb = kept.read(), "training step of an earlier launch read"
+        if program is None:
+            logging.info("compiling the training step; minutes for a large network or an order above 1")
+            program, verb = kept.compile(self._p_fn), "compiled"
+        self._p_fn, seconds, memory = program, time.monotonic() - start, program_memory(program.memory_analysis())
         logging.info("%s in %.1f s%s", verb, seconds, f"; it needs {memory}" if memory else "")
 
     def __call__(self, state: losses.TrainState, x: np.ndarray) -> tuple[losses.TrainState, dict[str, jax.Array]]:

@@ -34,28 +34,39 @@ def keep_in(folder: Path | None) -> None:
     _folder = folder
 
 
-def compiled(function: Any, args: tuple, facts: Any) -> tuple[jax.stages.Compiled, bool]:
-    """`function.lower(*args).compile()`, from `keep_in`'s folder if an earlier process left it there; True if it did.
+class Kept:
+    """The place of one program in `keep_in`'s folder, by its arguments and all that it depends on."""
 
-    function: a `jax.jit` or `jax.pmap` whose results are plain trees (dicts, NamedTuples, Flax dataclasses). facts: all
-    that it depends on beside code, libraries, devices and the shapes of args, for JSON. A program that JAX's own cache
-    had is not written: on the CPU one that was read cannot be written again.
-    """
-    path = None if _folder is None else _folder / f"{_key(args, facts)}.program"
-    if path is not None and path.exists():
+    def __init__(self, args: tuple, facts: Any):
+        """facts: what the program depends on beside code, libraries, devices and the shapes of args, for JSON."""
+        self._args = args
+        self._path = None if _folder is None else _folder / f"{_key(args, facts)}.program"
+
+    def read(self) -> jax.stages.Compiled | None:
+        """What an earlier process left there; None without a file or, with a warning, if it cannot be used."""
+        if self._path is None or not self._path.exists():
+            return None
         try:
-            payload, out = pickle.loads(path.read_bytes())
-            in_tree, out_tree = jax.tree.structure((args, {})), jax.tree.structure(out)
+            payload, out = pickle.loads(self._path.read_bytes())
+            in_tree, out_tree = jax.tree.structure((self._args, {})), jax.tree.structure(out)
             program = serialize_executable.deserialize_and_load(payload, in_tree, out_tree)
-            os.utime(path)
-            return program, True
+            os.utime(self._path)
+            return program
         except Exception as error:  # of any kind: the file's contents come from another process
-            logging.warning("%s cannot be used (%s); compiling anew", path, str(error).partition("\n")[0])
-    with _CacheHits() as hits:
-        program = function.lower(*args).compile()
-    if path is not None and not hits.count:
-        _write(path, program)
-    return program, False
+            logging.warning("%s cannot be used (%s); compiling anew", self._path, str(error).partition("\n")[0])
+            return None
+
+    def compile(self, function: Any) -> jax.stages.Compiled:
+        """`function.lower(*args).compile()`, left there for the next process.
+
+        function: a `jax.jit` or `jax.pmap` whose results are plain trees (dicts, NamedTuples, Flax dataclasses). What
+        JAX's own cache had is not written: on the CPU a program that was read cannot be written again.
+        """
+        with _CacheHits() as hits:
+            program = function.lower(*self._args).compile()
+        if self._path is not None and not hits.count:
+            _write(self._path, program)
+        return program
 
 
 def _write(path: Path, program: jax.stages.Compiled) -> None:

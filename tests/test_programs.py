@@ -34,6 +34,13 @@ def step(state, x):
     return Result(state.replace(x=state.x + x), {"loss": (x**2).sum(), "none": None})
 
 
+def compiled(function, args, facts):
+    """The program, and whether it was kept."""
+    place = programs.Kept(args, facts)
+    program = place.read()
+    return (place.compile(function), False) if program is None else (program, True)
+
+
 class NotLowered:
     """Stands for a function that must not be traced."""
 
@@ -62,17 +69,17 @@ def assert_right(program):
 def test_the_second_time_nothing_is_traced(folder, transformation):
     add = transformation(lambda state, x: (state, x + 1), donate_argnums=0)
     args = jax.tree.map(lambda x: x[None], ARGS)
-    program, kept = programs.compiled(add, args, {"lr": 1})
+    program, kept = compiled(add, args, {"lr": 1})
     assert not kept and len(list(folder.iterdir())) == 1
-    again, kept = programs.compiled(NotLowered(), args, {"lr": 1})
+    again, kept = compiled(NotLowered(), args, {"lr": 1})
     assert kept
     for one in (program, again):
         np.testing.assert_array_equal(one(*args)[1], [[2, 3, 4, 5]])
 
 
 def test_results_of_any_structure(folder):
-    assert_right(programs.compiled(jax.jit(step), ARGS, None)[0])
-    assert_right(programs.compiled(NotLowered(), ARGS, None)[0])
+    assert_right(compiled(jax.jit(step), ARGS, None)[0])
+    assert_right(compiled(NotLowered(), ARGS, None)[0])
 
 
 def test_a_change_of_anything_it_depends_on_compiles_anew(folder, tmp_path, monkeypatch):
@@ -83,7 +90,7 @@ def test_a_change_of_anything_it_depends_on_compiles_anew(folder, tmp_path, monk
     monkeypatch.setitem(sys.modules, "extension", module)
 
     def is_kept(facts=1, args=ARGS):
-        return programs.compiled(jax.jit(step), args, facts)[1]
+        return compiled(jax.jit(step), args, facts)[1]
 
     assert not is_kept() and is_kept()
     assert not is_kept(facts=2), "the config"
@@ -102,15 +109,15 @@ def test_a_change_of_anything_it_depends_on_compiles_anew(folder, tmp_path, monk
 
 
 def test_a_damaged_file_is_replaced(folder, caplog):
-    programs.compiled(jax.jit(step), ARGS, None)
+    compiled(jax.jit(step), ARGS, None)
     (path,) = folder.iterdir()
     whole = path.read_bytes()
     for damaged in (b"", b"no pickle", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        program, kept = programs.compiled(jax.jit(step), ARGS, None)
+        program, kept = compiled(jax.jit(step), ARGS, None)
         assert not kept and "cannot be used" in caplog.text
         assert_right(program)
-        assert programs.compiled(NotLowered(), ARGS, None)[1]
+        assert compiled(NotLowered(), ARGS, None)[1]
 
 
 def test_the_oldest_goes_first(folder, monkeypatch):
@@ -118,25 +125,25 @@ def test_the_oldest_goes_first(folder, monkeypatch):
 
     def keep(facts):
         known = set(folder.glob("*"))
-        programs.compiled(jax.jit(step), ARGS, facts)
+        compiled(jax.jit(step), ARGS, facts)
         for path in set(folder.glob("*")) - known:
             os.utime(path, (facts, facts))
 
     keep(1)
     keep(2)
-    programs.compiled(NotLowered(), ARGS, 1)  # used now
+    compiled(NotLowered(), ARGS, 1)  # used now
     keep(3)
     assert len(list(folder.iterdir())) == 2
-    programs.compiled(NotLowered(), ARGS, 1)
-    assert not programs.compiled(jax.jit(step), ARGS, 2)[1]
+    compiled(NotLowered(), ARGS, 1)
+    assert not compiled(jax.jit(step), ARGS, 2)[1]
 
 
 def test_without_a_folder_nothing_is_written_and_a_file_in_its_place_does_no_harm(tmp_path, caplog):
-    assert not programs.compiled(jax.jit(step), ARGS, None)[1] and not programs.compiled(jax.jit(step), ARGS, None)[1]
+    assert not compiled(jax.jit(step), ARGS, None)[1] and not compiled(jax.jit(step), ARGS, None)[1]
     (tmp_path / "file").touch()
     programs.keep_in(tmp_path / "file" / "programs")
     try:
-        program, kept = programs.compiled(jax.jit(step), ARGS, None)
+        program, kept = compiled(jax.jit(step), ARGS, None)
     finally:
         programs.keep_in(None)
     assert not kept
@@ -151,10 +158,10 @@ def test_a_program_from_the_cache_of_jax_is_not_written(folder, tmp_path):
         compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        programs.compiled(jax.jit(step), ARGS, 1)
+        compiled(jax.jit(step), ARGS, 1)
         assert len(list(folder.iterdir())) == 1
         jax.clear_caches()
-        assert not programs.compiled(jax.jit(step), ARGS, 2)[1]
+        assert not compiled(jax.jit(step), ARGS, 2)[1]
         assert len(list(folder.iterdir())) == 1
     finally:
         jax.config.update("jax_compilation_cache_dir", before[0])
@@ -177,6 +184,6 @@ def test_a_second_launch_makes_the_same_steps_with_the_program_of_the_first(tmp_
         arguments = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert ("read from an earlier launch" in done.stderr) == (name == "two")
+        assert ("training step of an earlier launch read" in done.stderr) == (name == "two")
         metrics.append((workdir / "metrics.jsonl").read_text())
     assert metrics[0] == metrics[1]
