@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """likelihood against closed forms: Gaussian data, whose score, flow map and density are known for every process."""
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 
 from errors import UserError
 from likelihood import (
@@ -29,9 +29,6 @@ SDES = {
 }
 MU = np.array([0.3, -0.5, 0.1])
 STD = np.array([0.4, 0.8, 1.5])
-
-# these programs run once on a few numbers, so that compilation is their time
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def solve(sde, score_fn, x, v, **options):
