@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from quick import jit
 
 import losses
 import sde_lib
@@ -24,9 +25,6 @@ SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.subVPSDE(), "ve": sde_lib.VESDE(
 all_sdes = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 all_orders = pytest.mark.parametrize("order", [1, 2, 3])
 both_forms = pytest.mark.parametrize("exact", [False, True], ids=["probe", "exact"])
-
-# these programs are tiny, so that compilation is their time
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(autouse=True)
