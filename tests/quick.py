@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jit` for programs that run once or twice on small arrays, so that compilation is their time."""
+"""`jax.jit` for programs that run once or twice, so that compilation is most of their time."""
 
 import functools
 
 import jax
 
-# Unoptimised, and without XLA's fusion emitters, whose lowering takes three quarters of what is left then.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+# The lowering by XLA's fusion emitters takes most of the compilation of small programs.
+_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+jit = functools.partial(jax.jit, compiler_options={**_OPTIONS, "xla_backend_optimization_level": 0})
+# for those that work on many numbers or for many steps
+busy_jit = functools.partial(jax.jit, compiler_options={**_OPTIONS, "xla_backend_optimization_level": 1})

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from quick import busy_jit, jit
 
 from errors import UserError
 from likelihood import (
@@ -168,7 +168,7 @@ def mean_and_error(sde, score_fn, x, **options):
     """Mean and standard error of independent estimates of the bound at one point x [3]."""
     batch = jnp.tile(jnp.asarray(x, jnp.float32), (10_000, 1))
 
-    @jax.jit
+    @busy_jit
     def estimate(key):
         keys = jax.random.split(key, len(batch))
         return likelihood_bound(sde, score_fn, batch, keys, eps=EPS, num_time_samples=50, **options)
