@@ -260,7 +260,7 @@ class Recorded:
 
     def compare(self, states):
         """The means over the batch, {name: [nt]}."""
-        run = jit(lambda x, s, t: compare_scores(self.sde, self.score_fn, x, s, t, self.probe))
+        run = jax.jit(lambda x, s, t: compare_scores(self.sde, self.score_fn, x, s, t, self.probe))
         points = []
         for t, state in zip(self.times[-states.shape[1] :], states.T, strict=True):
             x, score = jnp.asarray(state, jnp.float32).reshape(2, *self.x.shape)
