@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import busy_jit, jit
 
 import losses
 from dequantization import bound_at, dequantize, draw, get_loss_fn
@@ -117,13 +118,13 @@ def test_mean_loss_is_the_closed_form(name, importance_weighting, offset, num_ti
     loss_fn = get_loss_fn(
         SDES[name], gaussian_score(SDES[name]), Sigmoid(), scaler, inverse_scaler, num_time_samples=num_times, **options
     )
-    loss, terms = jax.jit(loss_fn)(PARAMS, image01, index, key)
+    loss, terms = busy_jit(loss_fn)(PARAMS, image01, index, key)
     assert {term: value.shape for term, value in terms.items()} == dict.fromkeys(("loss", "bound", "log_q"), (count,))
     np.testing.assert_allclose(loss, np.mean(terms["loss"]), rtol=1e-5)
     np.testing.assert_allclose(terms["loss"], terms["bound"] + terms["log_q"], atol=1e-5)
 
-    draws = draw(jax.random.split(key)[0], index, SHAPE, num_times)
-    x01, log_q = dequantize(Sigmoid(), PARAMS, image01, draws.u)
+    draws = busy_jit(lambda key: draw(key, index, SHAPE, num_times))(jax.random.split(key)[0])
+    x01, log_q = jit(lambda image01, u: dequantize(Sigmoid(), PARAMS, image01, u))(image01, draws.u)
     expected = -mean_bound(name, 2 * np.asarray(x01, np.float64) - 1, offset) / (DIM * np.log(2)) + 7
     difference = np.asarray(terms["bound"], np.float64) - expected
     standard_error = np.std(difference) / np.sqrt(count)
@@ -135,10 +136,11 @@ def test_mean_loss_is_the_closed_form(name, importance_weighting, offset, num_ti
 def test_bound_from_given_draws():
     """The estimate, written out in float64 for VP, importance weighting and K = 2."""
     x = scaler(images(3))
-    draws = draw(jax.random.key(2), jnp.arange(3), SHAPE, num_time_samples=2)
+    draws = jit(lambda key: draw(key, jnp.arange(3), SHAPE, num_time_samples=2))(jax.random.key(2))
     sde = SDES["vp"]
     options = dict(eps=EPS, offset=True, importance_weighting=True)
-    ours = jax.jit(lambda: bound_at(sde, gaussian_score(sde), x, draws, **options))()
+    ours = jit(lambda: bound_at(sde, gaussian_score(sde), x, draws, **options))()
+    times = jit(lambda u: sde.importance_weighted_time(u, EPS))(draws.time_u)
 
     x, prior_noise, offset_noise, noise = (
         np.asarray(part, np.float64) for part in (x, draws.prior_noise, draws.offset_noise, draws.noise)
@@ -156,7 +158,7 @@ def test_bound_from_given_draws():
     for i in range(3):
         integral = 0
         for k in range(2):
-            t = float(sde.importance_weighted_time(draws.time_u[i, k], EPS))
+            t = float(times[i, k])
             np.testing.assert_allclose(log_snr(t), log_snr(EPS) - span * float(draws.time_u[i, k]), atol=1e-3)
             scaled = sigma_score(t, noise[i, k], x[i])
             beta, sigma_sq = 0.1 + 19.9 * t, float64_coefficients("vp", t)[1] ** 2
@@ -181,14 +183,14 @@ def test_dequantisation_keeps_the_levels(model):
     levels = np.tile(np.arange(256, dtype=np.float32), 8).reshape(2, 32, 32, 1)
     u = jnp.asarray(np.random.default_rng(3).normal(size=levels.shape), jnp.float32)
     params = PARAMS if isinstance(model, Sigmoid) else {}
-    x01, log_q = jax.jit(lambda image01: dequantize(model, params, image01, u))(jnp.asarray(levels / np.float32(255)))
+    x01, log_q = jit(lambda image01: dequantize(model, params, image01, u))(jnp.asarray(levels / np.float32(255)))
     np.testing.assert_array_equal(np.floor(256 * np.asarray(x01, np.float64)), levels)
     assert np.max(x01) < 1 and log_q.shape == (2,)
 
 
 def test_draws_are_a_function_of_key_and_index():
-    whole = draw(jax.random.key(4), jnp.arange(6), SHAPE, 2)
-    part = draw(jax.random.key(4), jnp.array([5, 2]), SHAPE, 2)
+    drawn = jax.jit(lambda index: draw(jax.random.key(4), index, SHAPE, 2))
+    whole, part = drawn(jnp.arange(6)), drawn(jnp.array([5, 2]))
     for a, b in zip(whole, part, strict=True):
         np.testing.assert_array_equal(np.asarray(a)[[5, 2]], b)
         assert len(np.unique(a)) == np.size(a)  # nothing is drawn twice
@@ -210,7 +212,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
             num_microbatches=num_microbatches,
         )
         state = losses.TrainState(jnp.int32(3), PARAMS, PARAMS, optax.sgd(1.0).init(PARAMS), {}, jax.random.PRNGKey(1))
-        return jax.jit(step_fn)(state, images(12))
+        return jit(step_fn)(state, images(12))
 
     whole, metrics = step(1)
     assert float(metrics["grad_norm"]) > 1e-4
@@ -231,10 +233,10 @@ def test_training_the_small_flow():
     image01 = jnp.asarray(np.clip(np.round(127.5 * (x + 1)), 0, 255) / np.float32(255))
     model = create_dequantizer("small", dropout=0.1)
     u = jnp.asarray(rng.normal(size=image01.shape), jnp.float32)
-    params = init_params(model, jax.random.key(0), image01, u)
+    params = jit(lambda key: init_params(model, key, image01, u))(jax.random.key(0))
     assert 30_000 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 100_000
     loss_fn = get_loss_fn(SDES["vp"], gaussian_score(SDES["vp"]), model, scaler, inverse_scaler)
-    step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+    step = jit(jax.value_and_grad(loss_fn, has_aux=True))
 
     log_q = []
     for i in range(8):

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """diagnostics against closed forms, brute force and the public code's recorded curves, see `tests/golden_utils.py`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_utils import golden_config, load_golden, load_params
+from quick import jit
 from scipy.integrate import solve_ivp
 from scipy.special import logsumexp
 from test_golden_likelihood import PublicVPSDE
@@ -32,6 +35,11 @@ MEANS = np.array([[-1, 0.5], [0.8, 0], [0, -1.5]])
 VARIANCES = np.array([[0.1], [0.3], [0.2]])
 
 
+def curves_of(sde, score_fn, x, probe, **options):
+    """`fisher_curves` at TIMES as one program."""
+    return jit(lambda x, probe, times: fisher_curves(sde, score_fn, x, probe, times, **options))(x, probe, TIMES)
+
+
 @pytest.fixture(params=SDES)
 def sde(request):
     return SDES[request.param]
@@ -50,9 +58,7 @@ def test_gaussian_data(sde, exact):
 
     x0 = jax.random.normal(jax.random.key(0), (4, dim))
     probe = None if exact else jax.random.rademacher(jax.random.key(1), x0.shape, jnp.float32)
-    curves = jax.jit(
-        lambda x: fisher_curves(sde, score_fn, x, probe, TIMES, rtol=1e-6, atol=1e-6, true_score=score_fn)
-    )(x0)
+    curves = curves_of(sde, score_fn, x0, probe, rtol=1e-6, atol=1e-6, true_score=score_fn)
 
     v, sigma_sq, g_sq = variance(TIMES), jnp.square(sde.sigma(TIMES)), sde.diffusion_sq(TIMES)
     x_sq = jnp.sum(jnp.square(x0), axis=1) * (v / v[0])[:, None]
@@ -78,7 +84,7 @@ def test_gaussian_data(sde, exact):
 
 def test_the_exact_score_of_a_prior_that_fits_is_the_ode_score():
     sde = SDES["vp"]  # N(0, I) stays N(0, I)
-    curves = fisher_curves(sde, lambda x, t: -x, jnp.array([[0.3, -1.2]]), None, TIMES)
+    curves = curves_of(sde, lambda x, t: -x, jnp.array([[0.3, -1.2]]), None)
     assert float(jnp.max(curves.score_ode / sde.diffusion_sq(TIMES)[:, None])) < 1e-9
 
 
@@ -125,12 +131,8 @@ def test_ode_score_is_the_gradient_of_the_log_likelihood(name, exact):
         x = jax.random.normal(jax.random.key(0), (3, 2))
         probe = None if exact else jax.random.rademacher(jax.random.key(1), x.shape, x.dtype)
         truth = brute_force_ode_score(sde, score_fn, probe)
-        times = TIMES.astype(x.dtype)
-        run = jax.jit(
-            lambda x, truth: fisher_curves(sde, score_fn, x, probe, times, rtol=1e-9, atol=1e-9, true_score=truth),
-            static_argnums=1,
-        )
-        curves, norms = (jax.tree.map(np.asarray, run(x, f)) for f in (truth, lambda x, t: jnp.zeros_like(x)))
+        run = functools.partial(curves_of, sde, score_fn, x, probe, rtol=1e-9, atol=1e-9)
+        curves, norms = (jax.tree.map(np.asarray, run(true_score=f)) for f in (truth, lambda x, t: jnp.zeros_like(x)))
     assert np.max(curves.ode_true / norms.ode_true) < 1e-12  # squares
     np.testing.assert_allclose(curves.score_true, curves.score_ode, rtol=1e-6)
     assert np.min(curves.score_ode / norms.score_true) > 1e-3  # the network is far from its own ODE score
@@ -141,24 +143,25 @@ def test_divergence_curves_are_those_of_the_jacobian():
     x, v = jax.random.normal(jax.random.key(0), (2, 2, 3))
     jacobian = jax.jacfwd(lambda x, t: score_fn(x[None], t[None])[0])
     for probe, quadratic in ((None, lambda j, v: jnp.trace(j)), (v, lambda j, v: v @ j @ v)):
-        point = compare_scores(sde, score_fn, x, jnp.zeros_like(x), t, probe)
-        divergence = jax.vmap(lambda x, t, v, q=quadratic: q(jacobian(x, t), v))
-        gradient = jax.vmap(jax.grad(lambda x, t, v, q=quadratic: q(jacobian(x, t), v)))
+        compare = jax.jit(lambda x, t, probe: compare_scores(sde, score_fn, x, jnp.zeros_like(x), t, probe))
+        point = compare(x, t, probe)
+        explicit = jax.value_and_grad(lambda x, t, v, q=quadratic: q(jacobian(x, t), v))
+        divergence, gradient = jax.jit(jax.vmap(explicit))(x, t, v)
         g_sq, sigma_sq = sde.diffusion_sq(t), jnp.square(sde.sigma(t))
-        np.testing.assert_allclose(point.divergence_normal, g_sq * (divergence(x, t, v) + 3 / sigma_sq) ** 2, rtol=1e-5)
-        gradient_sq = jnp.sum(jnp.square(gradient(x, t, v)), axis=1)
+        np.testing.assert_allclose(point.divergence_normal, g_sq * (divergence + 3 / sigma_sq) ** 2, rtol=1e-5)
+        gradient_sq = jnp.sum(jnp.square(gradient), axis=1)
         np.testing.assert_allclose(point.grad_divergence_normal, g_sq * gradient_sq, rtol=1e-5)
 
 
 def test_examples_do_not_touch_each_other_and_failures_are_nan():
     sde, score_fn = SDES["vp"], mlp(jax.random.key(3), 2)
     x = jnp.array([[0.3, -1.0], [jnp.nan, 0.0], [8.0, 4.0]])
-    run = jax.jit(lambda x: fisher_curves(sde, score_fn, x, None, TIMES))
-    for curve, alone in zip(run(x), run(x[:1]), strict=True):
+    together, apart = (curves_of(sde, score_fn, rows, None) for rows in (x, x[:1]))
+    for curve, alone in zip(together, apart, strict=True):
         if curve is not None:
             np.testing.assert_allclose(curve[:, :1], alone, rtol=1e-4)
             assert np.all(np.isnan(curve[:, 1])) and np.all(np.isfinite(curve[:, 2]))
-    stiff = fisher_curves(sde, score_fn, x[:1], None, TIMES, max_steps=3)
+    stiff = curves_of(sde, score_fn, x[:1], None, max_steps=3)
     assert np.all(np.isnan(stiff.score_ode))
 
 
@@ -197,11 +200,10 @@ def test_exact_score_of_a_mixture():
     sde = SDES["vp"]
     truth = gaussian_mixture_score(sde, WEIGHTS, MEANS, VARIANCES)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2)), jnp.float32)
-    run = jax.jit(lambda x: fisher_curves(sde, truth, x, None, TIMES, true_score=truth))
-    curves = run(x)
+    curves = curves_of(sde, truth, x, None, true_score=truth)
     assert np.all(curves.score_true == 0)
     np.testing.assert_allclose(curves.ode_true, curves.score_ode)
-    size = fisher_curves(sde, truth, x, None, TIMES, true_score=lambda x, t: jnp.zeros_like(x)).score_true
+    size = curves_of(sde, truth, x, None, true_score=lambda x, t: jnp.zeros_like(x)).score_true
     assert float(jnp.max(curves.ode_true / size)) < 1e-4
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 from golden_utils import GOLDEN, load_golden, load_params, relative_error
+from quick import jit
 
 from errors import UserError
 from models.flowpp import NETWORKS, create_dequantizer, init_params
@@ -27,9 +28,6 @@ LAYOUTS = {
 }
 
 
-FAST = {"xla_backend_optimization_level": 0}  # compilation takes most of the time
-
-
 def tiny(network, dropout=0.0):
     return Dequantizer(**{**NETWORKS[network], **LAYOUTS[network]}, dropout=dropout)
 
@@ -44,7 +42,12 @@ def batch(shape, seed=0):
 def apply(model, params, *args, method=None):
     """model.apply, jitted."""
     run = functools.partial(model.apply, method=method)
-    return jax.jit(run, compiler_options=FAST)({"params": params}, *args)
+    return jit(run)({"params": params}, *args)
+
+
+def fresh(model, image, u):
+    """init_params, jitted."""
+    return jit(functools.partial(init_params, model))(jax.random.key(0), image, u)
 
 
 @functools.cache
@@ -170,7 +173,7 @@ def test_density_is_that_of_the_brute_force_jacobian(network, channels):
         noise, log_q = model.apply({"params": params}, u, image)
         return noise, (noise, log_q)
 
-    jacobian, (noise, log_q) = jax.jit(jax.jacfwd(forward, has_aux=True), compiler_options=FAST)(u)
+    jacobian, (noise, log_q) = jit(jax.jacfwd(forward, has_aux=True))(u)
     assert not np.allclose(np.diag(jacobian.reshape(u.size, u.size)), 0.25, atol=0.1)
     _, log_det = np.linalg.slogdet(np.asarray(jacobian, np.float64).reshape(u.size, u.size))
     expected = normal_logp(u) - log_det
@@ -219,11 +222,11 @@ def test_mixture_and_its_inverse():
     parts = (rng.normal(size=(500, 4)) * scale + shift for scale, shift in ((1, 0), (2, 0), (1, -1)))
     mixture = Mixture(*(jnp.asarray(part, jnp.float32) for part in parts))
     x = jnp.asarray(rng.normal(size=500) * 20, jnp.float32)  # far into both tails
-    y, log_slope = jax.jit(mixture_logit)(x, mixture)
+    y, log_slope = jit(mixture_logit)(x, mixture)
     expected_y, expected_slope = mixture_in_float64(x, mixture)
     np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(log_slope, expected_slope, atol=1e-3)
-    back = jax.jit(inverse_mixture_logit)(y, mixture)
+    back = jit(inverse_mixture_logit)(y, mixture)
     # as far as y determines x: one rounding of y over the slope
     slack = 1e-5 + 1e-5 * np.abs(x) + 4e-7 * np.abs(y) / np.exp(expected_slope)
     assert np.all(np.abs(back - x) <= slack)
@@ -232,8 +235,8 @@ def test_mixture_and_its_inverse():
 def test_mixture_slope_is_the_derivative():
     x = jnp.linspace(-3, 3, 7)
     mixture = Mixture(*(jnp.tile(jnp.array(row), (7, 1)) for row in ([0.0, 1.0], [-1.0, 2.0], [0.5, -1.0])))
-    _, log_slope = mixture_logit(x, mixture)
-    _, derivative = jax.jvp(lambda x: mixture_logit(x, mixture)[0], (x,), (jnp.ones(7),))
+    _, log_slope = jit(mixture_logit)(x, mixture)
+    derivative = jit(lambda x: jax.jvp(lambda x: mixture_logit(x, mixture)[0], (x,), (jnp.ones(7),))[1])(x)
     np.testing.assert_allclose(np.exp(log_slope), derivative, rtol=1e-5)
 
 
@@ -250,7 +253,7 @@ class _Layers(nn.Module):
 
 def test_layers_start_standardised():
     x = 3 + 2 * jax.random.normal(jax.random.key(0), (5, 6, 4, 3))
-    outputs, _ = jax.jit(_Layers().init_with_output)(jax.random.key(1), x)
+    outputs, _ = jit(_Layers().init_with_output)(jax.random.key(1), x)
     for output, std in zip(outputs, (1, 1, 0.1), strict=True):
         np.testing.assert_allclose(np.mean(output, axis=(0, 1, 2)), 0, atol=1e-5)
         np.testing.assert_allclose(np.std(output, axis=(0, 1, 2)), std, rtol=1e-4)
@@ -262,9 +265,9 @@ def test_flow_starts_standardised(network):
     shape = (16, 8, 8, 3)
     image, u = batch(shape)
     model = tiny(network)
-    params = init_params(model, jax.random.key(0), image, u)
+    params = fresh(model, image, u)
     run = functools.partial(model.apply, capture_intermediates=lambda m, _: isinstance(m, Norm))
-    _, state = jax.jit(run, compiler_options=FAST)({"params": params}, u, image)
+    _, state = jit(run)({"params": params}, u, image)
     captured = jax.tree.leaves(state["intermediates"], is_leaf=lambda x: isinstance(x, tuple) and len(x) == 1)
     assert len(captured) == model.steps
     for ((halves, _),) in captured:
@@ -278,7 +281,7 @@ def test_initialisation_from_few_images_or_a_black_one(count, brightness):
     """The public code's gave NaN for 2 images."""
     image, u = batch((64, 8, 8, 3))
     model = tiny("cifar10")
-    params = init_params(model, jax.random.key(0), brightness * image[:count], u[:count])
+    params = fresh(model, brightness * image[:count], u[:count])
     _, log_q = apply(model, params, u, image)  # images that it has not seen
     assert np.all(np.isfinite(log_q)) and np.mean(np.abs(log_q)) < 4 * u[0].size
 

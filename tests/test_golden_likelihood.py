@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_utils import golden_config, load_golden, load_params, relative_error
+from quick import jit
 from scipy.integrate import solve_ivp
 
 import likelihood
@@ -66,7 +67,7 @@ def flow(sde, score_fn, x, t, probe):
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_right_hand_side(name):
     recorded = Recorded("likelihood", name)
-    evaluate = jax.jit(lambda x, t, v: flow(recorded.sde, recorded.score_fn, x, t, v))
+    evaluate = jit(lambda x, t, v: flow(recorded.sde, recorded.score_fn, x, t, v))
     drift, divergence = evaluate(recorded["data"], recorded["rhs_t"], recorded["Rademacher/epsilon"])
     assert relative_error(drift, recorded["rhs_drift"]) < 1e-4
     np.testing.assert_allclose(divergence, recorded["rhs_div"], rtol=1e-4)
@@ -114,7 +115,7 @@ def test_bound(name, weighting, denoising):
     recorded = Recorded("bound", name)
     sde, score_fn, x, prefix = recorded.sde, recorded.score_fn, recorded["data"], f"iw{int(weighting)}"
 
-    @jax.jit
+    @jit
     def cost(t, noise, probe):
         integrand = likelihood.bound_integrand(sde, score_fn, x, t, noise, probe, denoising=denoising)
         return integrand * likelihood.inverse_time_density(sde, t, 1e-5, weighting)
@@ -125,7 +126,7 @@ def test_bound(name, weighting, denoising):
     key = f"{prefix}_dsm{int(denoising)}_off"
     np.testing.assert_allclose(recorded.bpd(bound), recorded[f"{key}0/bpd"], rtol=1e-4)
     if denoising:
-        evaluate = jax.jit(lambda noise: likelihood.bound_offset(sde, score_fn, x, noise, 1e-5))
+        evaluate = jit(lambda noise: likelihood.bound_offset(sde, score_fn, x, noise, 1e-5))
         offset = evaluate(recorded[f"{prefix}/offset_noise"])
         np.testing.assert_allclose(offset, recorded[f"{prefix}/offset"], atol=2e-3)
         np.testing.assert_allclose(recorded.bpd(bound - offset), recorded[f"{key}1/bpd"], rtol=1e-4)
@@ -136,7 +137,7 @@ def test_ode_sampler(name, denoise):
     recorded = Recorded("sampling", name)
     eps = float(recorded.arrays["eps"])
 
-    @jax.jit
+    @jit
     def sample(z):
         return sampling.ode_sampler(recorded.sde, recorded.score_fn, z, eps=eps, denoise=denoise)
 
@@ -194,7 +195,7 @@ def test_likelihood_converges_as_the_tolerance_falls():
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_predictor_and_corrector_updates(name):
     recorded = Recorded("sampling", name)
-    sde, score_fn, x, t = recorded.sde, jax.jit(recorded.score_fn), recorded["upd_x"], recorded["upd_t"]
+    sde, score_fn, x, t = recorded.sde, jit(recorded.score_fn), recorded["upd_x"], recorded["upd_t"]
     sde = dataclasses.replace(sde, N=recorded.config.model.num_scales)
     for predictor, update in sampling.PREDICTORS.items():
         for flow in (False, True):
@@ -221,16 +222,21 @@ def test_predictor_corrector_runs(name, predictor, corrector):
     recorded = Recorded("sampling", name)
     corrector_noise, predictor_noise = recorded["pc_corr_noise"], recorded["pc_pred_noise"]
     sde = dataclasses.replace(recorded.sde, N=len(predictor_noise))
-    x, nfe = sampling.pc_sampler(
-        sde,
-        recorded.score_fn,
-        recorded["pc_prior"],
-        lambda i: (corrector_noise[i][None], predictor_noise[i]),
-        predictor=sampling.PREDICTORS[predictor],
-        corrector=sampling.CORRECTORS[corrector],
-        snr=float(recorded.arrays["snr"]),
-        eps=float(recorded.arrays["eps"]),
-    )
+
+    @jit
+    def sample(z):
+        return sampling.pc_sampler(
+            sde,
+            recorded.score_fn,
+            z,
+            lambda i: (corrector_noise[i][None], predictor_noise[i]),
+            predictor=sampling.PREDICTORS[predictor],
+            corrector=sampling.CORRECTORS[corrector],
+            snr=float(recorded.arrays["snr"]),
+            eps=float(recorded.arrays["eps"]),
+        )
+
+    x, nfe = sample(recorded["pc_prior"])
     key = f"pc_{predictor}_{corrector}"
     assert relative_error(recorded.inverse_scaler(x), recorded[f"{key}/x"]) < 1e-3
     # the public code counts a corrector that is not there

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import busy_jit, jit
 
 from errors import UserError
 from likelihood import (
@@ -28,6 +29,11 @@ SDES = {
 }
 MU = np.array([0.3, -0.5, 0.1])
 STD = np.array([0.4, 0.8, 1.5])
+
+
+def solve(sde, score_fn, x, v, **options):
+    """`ode_log_likelihood` as one program."""
+    return jit(lambda x, v: ode_log_likelihood(sde, score_fn, x, v, **options))(x, v)
 
 
 def alpha_and_sigma(name, t):
@@ -80,7 +86,7 @@ def test_ode_likelihood_of_a_gaussian(name):
     score_fn = gaussian_score(sde)
     # J is diagonal, so one Rademacher probe is exact too.
     v = probe(jax.random.key(0), (5, 3), "rademacher")
-    logp, z, nfe = jax.jit(lambda x: ode_log_likelihood(sde, score_fn, x, v))(jnp.asarray(x, jnp.float32))
+    logp, z, nfe = solve(sde, score_fn, jnp.asarray(x, jnp.float32), v)
     z_truth, truth = flow_truth(name, x)
     np.testing.assert_allclose(logp, truth, atol=3e-4)  # 1e-4 nats per dimension
     np.testing.assert_allclose(z, z_truth, rtol=1e-4, atol=1e-4 * z_truth.std())
@@ -93,7 +99,7 @@ def test_ode_likelihood_of_a_gaussian(name):
 def test_ode_likelihood_converges_to_the_truth(name):
     with jax.enable_x64(True):
         sde, x = SDES[name], data(2)
-        logp, z, _ = ode_log_likelihood(sde, gaussian_score(sde), jnp.asarray(x), None, rtol=1e-9, atol=1e-9)
+        logp, z, _ = solve(sde, gaussian_score(sde), jnp.asarray(x), None, rtol=1e-9, atol=1e-9)
         z_truth, truth = flow_truth(name, x)
         np.testing.assert_allclose(logp, truth, atol=1e-7)
         np.testing.assert_allclose(z, z_truth, rtol=1e-6)
@@ -107,11 +113,12 @@ def curved_score(x, t):
 
 def test_divergence_against_the_full_jacobian():
     x, t, v = jnp.asarray(data(4), jnp.float32), jnp.linspace(0.1, 1, 4), jax.random.normal(jax.random.key(0), (4, 3))
-    jacobian = jnp.stack([jax.jacrev(lambda y, i=i: curved_score(y[None], t[i : i + 1])[0])(x[i]) for i in range(4)])
-    score, exact = score_and_divergence(curved_score, x, t, None)
+    jacobian = jit(jax.vmap(jax.jacrev(lambda x, t: curved_score(x[None], t[None])[0])))(x, t)
+    score_and_estimate = jit(lambda x, t, v: score_and_divergence(curved_score, x, t, v))
+    score, exact = score_and_estimate(x, t, None)
     np.testing.assert_allclose(score, curved_score(x, t), rtol=1e-6)
     np.testing.assert_allclose(exact, np.trace(jacobian, axis1=1, axis2=2), rtol=1e-5)
-    score, estimate = score_and_divergence(curved_score, x, t, v)
+    score, estimate = score_and_estimate(x, t, v)
     np.testing.assert_allclose(score, curved_score(x, t), rtol=1e-6)
     np.testing.assert_allclose(estimate, np.einsum("bi,bij,bj->b", v, jacobian, v), rtol=1e-5)
 
@@ -125,17 +132,17 @@ def test_exact_trace_of_images():
 def test_mean_over_all_probes_is_exact():
     sde, x = SDES["vp"], jnp.asarray(data(1), jnp.float32)
     signs = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
-    solve = jax.jit(lambda x, v: ode_log_likelihood(sde, curved_score, x, v)[0])
-    estimates, exact = solve(jnp.tile(x, (8, 1)), signs), solve(x, None)
+    estimates, _, _ = solve(sde, curved_score, jnp.tile(x, (8, 1)), signs)
+    exact, _, _ = solve(sde, curved_score, x, None)
     assert estimates.std() > 0.1
     assert float(estimates.mean()) == pytest.approx(float(exact[0]), abs=1e-3)
 
 
 def test_failed_example_is_nan_and_the_others_are_not():
     sde, x = SDES["vp"], jnp.asarray(data(3), jnp.float32).at[1].set(jnp.nan)
-    logp, z, _ = ode_log_likelihood(sde, gaussian_score(sde), x, None)
+    logp, z, _ = solve(sde, gaussian_score(sde), x, None)
     assert np.isnan(logp).tolist() == [False, True, False] and np.isnan(z[1]).all() and np.isfinite(z[::2]).all()
-    logp, _, nfe = ode_log_likelihood(sde, gaussian_score(sde), x, None, max_steps=3)
+    logp, _, nfe = solve(sde, gaussian_score(sde), x, None, max_steps=3)
     assert np.isnan(logp).all() and nfe[0] == 20
 
 
@@ -161,7 +168,7 @@ def mean_and_error(sde, score_fn, x, **options):
     """Mean and standard error of independent estimates of the bound at one point x [3]."""
     batch = jnp.tile(jnp.asarray(x, jnp.float32), (10_000, 1))
 
-    @jax.jit
+    @busy_jit
     def estimate(key):
         keys = jax.random.split(key, len(batch))
         return likelihood_bound(sde, score_fn, batch, keys, eps=EPS, num_time_samples=50, **options)
@@ -189,7 +196,7 @@ def test_bound_is_tight_at_the_exact_score(name, denoising, importance_weighting
     assert error < 0.06
     assert mean == pytest.approx(bound_truth(name, x), abs=4 * error)
     if (name, denoising, importance_weighting) == ("vp", True, True):  # no misfit: the ODE's density is the same
-        logp, _, _ = ode_log_likelihood(sde, gaussian_score(sde), jnp.asarray(x[None], jnp.float32), None)
+        logp, _, _ = solve(sde, gaussian_score(sde), jnp.asarray(x[None], jnp.float32), None)
         assert mean == pytest.approx(float(logp[0]), abs=4 * error)
 
 
@@ -218,10 +225,11 @@ def test_bound_of_a_wrong_score():
 def test_bound_without_offset_differs_by_the_offset():
     sde, x = SDES["vp"], jnp.asarray(data(4), jnp.float32)
     score_fn, keys = gaussian_score(sde), jax.random.split(jax.random.key(3), len(x))
-    with_offset = likelihood_bound(sde, score_fn, x, keys, num_time_samples=2)
-    without = likelihood_bound(sde, score_fn, x, keys, num_time_samples=2, offset=False)
+    with_offset = jit(lambda x, keys: likelihood_bound(sde, score_fn, x, keys, num_time_samples=2))(x, keys)
+    without = jit(lambda x, keys: likelihood_bound(sde, score_fn, x, keys, num_time_samples=2, offset=False))(x, keys)
     noise = jnp.stack([jax.random.normal(jax.random.split(key, 3)[1], x.shape[1:]) for key in keys])
-    np.testing.assert_allclose(without - with_offset, bound_offset(sde, score_fn, x, noise, EPS), atol=1e-4)
+    offset = jit(lambda x, noise: bound_offset(sde, score_fn, x, noise, EPS))(x, noise)
+    np.testing.assert_allclose(without - with_offset, offset, atol=1e-4)
 
 
 def test_offset_is_decoder_against_entropy():
@@ -240,9 +248,8 @@ def test_offset_is_decoder_against_entropy():
 
 def test_an_examples_bound_is_a_function_of_its_key():
     sde, x, keys = SDES["vp"], jnp.asarray(data(4), jnp.float32), jax.random.split(jax.random.key(5), 4)
-    together = likelihood_bound(sde, gaussian_score(sde), x, keys, num_time_samples=3)
-    apart = likelihood_bound(sde, gaussian_score(sde), x[1:3], keys[1:3], num_time_samples=3)
-    np.testing.assert_allclose(together[1:3], apart, rtol=1e-5)
+    bound = jit(lambda x, keys: likelihood_bound(sde, gaussian_score(sde), x, keys, num_time_samples=3))
+    np.testing.assert_allclose(bound(x, keys)[1:3], bound(x[1:3], keys[1:3]), rtol=1e-5)
 
 
 def test_several_probes_average_the_divergence():
@@ -255,10 +262,11 @@ def test_several_probes_average_the_divergence():
         return jnp.tanh(x @ matrix) * t[:, None]
 
     probes = jnp.asarray(np.tile(signs, (1, 2, 1)), jnp.float32)
-    score, several = score_and_divergence(score_fn, x, t, probes)
-    singly = [score_and_divergence(score_fn, x, t, v)[1] for v in probes]
+    estimate = jit(lambda v: score_and_divergence(score_fn, x, t, v))
+    score, several = estimate(probes)
+    singly = [estimate(v)[1] for v in probes]
     np.testing.assert_allclose(several, np.mean(singly, axis=0), rtol=1e-5)
-    np.testing.assert_allclose(several, score_and_divergence(score_fn, x, t, None)[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(several, estimate(None)[1], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(score, score_fn(x, t), rtol=1e-6)
 
 
@@ -268,8 +276,7 @@ def test_log_snr_variables_of_a_gaussian(name, data_std):
     sde, x = SDES[name], data(5)
     v = probe(jax.random.key(0), (5, 3), "rademacher")
     options = {"variables": "log_snr", "data_std": data_std}
-    solve = jax.jit(lambda x: ode_log_likelihood(sde, gaussian_score(sde), x, v, **options))
-    logp, z, _ = solve(jnp.asarray(x, jnp.float32))
+    logp, z, _ = solve(sde, gaussian_score(sde), jnp.asarray(x, jnp.float32), v, **options)
     z_truth, truth = flow_truth(name, x)
     np.testing.assert_allclose(logp, truth, atol=3e-4)
     np.testing.assert_allclose(z, z_truth, rtol=1e-4, atol=1e-4 * z_truth.std())
@@ -280,7 +287,7 @@ def test_log_snr_variables_converge_to_the_truth(name):
     with jax.enable_x64(True):
         sde, x = SDES[name], data(2)
         tight = {"variables": "log_snr", "rtol": 1e-9, "atol": 1e-9}
-        logp, z, _ = ode_log_likelihood(sde, gaussian_score(sde), jnp.asarray(x), None, **tight)
+        logp, z, _ = solve(sde, gaussian_score(sde), jnp.asarray(x), None, **tight)
         z_truth, truth = flow_truth(name, x)
         np.testing.assert_allclose(logp, truth, atol=1e-7)
         np.testing.assert_allclose(z, z_truth, rtol=1e-6)
@@ -294,7 +301,7 @@ def test_log_snr_variables_have_nothing_to_do_for_data_of_their_own_deviation(na
     def score_fn(x, t):
         return -x / (jnp.square(sde.alpha(t) * std) + jnp.square(sde.sigma(t)))[:, None]
 
-    logp, _, nfe = ode_log_likelihood(sde, score_fn, x, None, variables="log_snr", data_std=std)
+    logp, _, nfe = solve(sde, score_fn, x, None, variables="log_snr", data_std=std)
     prior_std = 50.0 if "ve" in name else 1.0
     (alpha0, sigma0), (alpha1, sigma1) = alpha_and_sigma(name, EPS), alpha_and_sigma(name, 1.0)
     ratio = np.hypot(alpha1 * std, sigma1) / np.hypot(alpha0 * std, sigma0)
@@ -314,9 +321,9 @@ def test_log_snr_variables_are_the_same_ode(name):
             return 0.1 * curved_score(x, t) / jnp.square(sde.sigma(t) + 0.3)[:, None]
 
         tight = {"rtol": 1e-9, "atol": 1e-9, "max_steps": 100_000}
-        in_t, z_in_t, _ = ode_log_likelihood(sde, score_fn, x, v, **tight)
+        in_t, z_in_t, _ = solve(sde, score_fn, x, v, **tight)
         for lanes in (0, 2):
-            logp, z, _ = ode_log_likelihood(sde, score_fn, x, v, variables="log_snr", lanes=lanes, **tight)
+            logp, z, _ = solve(sde, score_fn, x, v, variables="log_snr", lanes=lanes, **tight)
             np.testing.assert_allclose(logp, in_t, atol=1e-6)
             np.testing.assert_allclose(z, z_in_t, rtol=1e-6, atol=1e-6)
 
@@ -337,8 +344,8 @@ def test_log_snr_variables_take_fewer_steps(name, fewer):
     sde = SDES[name]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 3)) * 0.1 + MU, jnp.float32)
     score_fn = mixture_score(sde)
-    in_t, _, nfe_in_t = ode_log_likelihood(sde, score_fn, x, None)
-    logp, _, nfe = ode_log_likelihood(sde, score_fn, x, None, variables="log_snr", data_std=0.4)
+    in_t, _, nfe_in_t = solve(sde, score_fn, x, None)
+    logp, _, nfe = solve(sde, score_fn, x, None, variables="log_snr", data_std=0.4)
     np.testing.assert_allclose(logp, in_t, atol=2e-3)
     assert nfe.mean() < fewer * nfe_in_t.mean(), (nfe.mean(), nfe_in_t.mean())
 
@@ -349,8 +356,8 @@ def test_queue_of_examples_gives_the_same(variables):
         sde, x = SDES["vp"], jnp.asarray(data(7))
         v = jax.random.normal(jax.random.key(2), (2, 7, 3), jnp.float64)
         for probes in (None, v[0], v):
-            plain = ode_log_likelihood(sde, curved_score, x, probes, variables=variables)
-            queued = ode_log_likelihood(sde, curved_score, x, probes, variables=variables, lanes=3)
+            plain = solve(sde, curved_score, x, probes, variables=variables)
+            queued = solve(sde, curved_score, x, probes, variables=variables, lanes=3)
             np.testing.assert_array_equal(queued[2], plain[2])
             np.testing.assert_allclose(queued[0], plain[0], rtol=1e-9)
             np.testing.assert_allclose(queued[1], plain[1], rtol=1e-8, atol=1e-9)

@@ -5,6 +5,7 @@ The three tests of the design are all needed: the point mass sees a term that do
 constant, the explicit tensors a wrong cross term whose mean is zero.
 """
 
+import functools
 import itertools
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from quick import busy_jit, jit
 
 import losses
 import sde_lib
@@ -50,8 +52,8 @@ def test_point_mass_has_no_loss_under_its_exact_score(sde, order, exact):
         return sde_lib.batch_mul(-1 / std**2, x - mean)
 
     t, z, v = draws(16, (3,))
-    terms = losses.dsm_losses(sde, score, jnp.broadcast_to(point, z.shape), t, z, v, order, exact)
-    for term in terms:
+    terms = jit(lambda t, z, v: losses.dsm_losses(sde, score, jnp.broadcast_to(point, z.shape), t, z, v, order, exact))
+    for term in terms(t, z, v):
         np.testing.assert_allclose(term, 0, atol=1e-16)
 
 
@@ -94,57 +96,66 @@ def mixture_quadrature(alpha, sigma):
     return x0, z, np.concatenate([w * weight for w in WEIGHTS])
 
 
+@functools.cache
+def expected_gradient(sde, exact):
+    """(theta, v, x0, z, weight, time, alpha, sigma) -> d E[loss] / d theta, for each term."""
+
+    def expected_terms(theta, v, x0, z, weight, time, alpha, sigma):
+        def score(x, t):
+            u = x / jnp.hypot(alpha, sigma)
+            bumps = [jnp.sin(u @ jnp.array([[1.0, 0.3], [0.2, -0.8]]) + 0.4), jnp.cos(0.7 * u) * u[:, ::-1]]
+            return mixture_score(sde)(x, t) + sum(a * b for a, b in zip(theta, bumps, strict=True)) / sigma
+
+        t = jnp.full(len(x0), time)
+        terms = losses.dsm_losses(sde, score, x0, t, z, jnp.broadcast_to(v, x0.shape), 3, exact)
+        return jnp.stack([jnp.sum(weight * term) for term in terms])
+
+    return busy_jit(jax.jacfwd(expected_terms))
+
+
 @all_sdes
 @both_forms
 @pytest.mark.parametrize("time", [0.3, 0.5])
 def test_exact_score_of_a_mixture_is_stationary(sde, exact, time):
     """d E[loss] / d theta = 0 at the exact score, for each term by itself, for perturbations of several shapes."""
     alpha, sigma = float(sde.alpha(jnp.float64(time))), float(sde.sigma(jnp.float64(time)))
-    x0, z, weight = map(jnp.asarray, mixture_quadrature(alpha, sigma))
-    t = jnp.full(len(x0), time)
-    true_score = mixture_score(sde)
-    scale = np.hypot(alpha, sigma)
-
-    def expected_terms(theta, v):
-        def score(x, t):
-            u = x / scale
-            bumps = [jnp.sin(u @ jnp.array([[1.0, 0.3], [0.2, -0.8]]) + 0.4), jnp.cos(0.7 * u) * u[:, ::-1]]
-            return true_score(x, t) + sum(a * b for a, b in zip(theta, bumps, strict=True)) / sigma
-
-        terms = losses.dsm_losses(sde, score, x0, t, z, jnp.broadcast_to(v, x0.shape), 3, exact)
-        return jnp.stack([jnp.sum(weight * term) for term in terms])
-
-    jacobian = jax.jit(jax.jacfwd(expected_terms))
+    point = *map(jnp.asarray, mixture_quadrature(alpha, sigma)), time, alpha, sigma
+    jacobian = expected_gradient(sde, exact)
     for v in [[1.0, 1.0], [1.0, -1.0]]:
         theta = jnp.zeros(2)
-        gradient, away = (np.asarray(jacobian(th, jnp.asarray(v))) for th in (theta, theta + 0.3))
+        gradient, away = (np.asarray(jacobian(th, jnp.asarray(v), *point)) for th in (theta, theta + 0.3))
         live = [0, 2, 3] if exact else [0, 1, 2, 3]
         np.testing.assert_allclose(gradient, 0, atol=1e-8)
         assert np.all(np.abs(away[live]).max(axis=1) > 1e-5), "the test must see a perturbed score"
 
 
+def score_one(params, x, t):
+    """A smooth nonlinear score of one example."""
+    return jnp.tanh(x @ params["w"] + t) @ params["u"] - 0.3 * x * t
+
+
 def tiny_net(dim, seed=1):
-    """A smooth nonlinear score on R^dim with parameters, and its score function."""
+    """Parameters of `score_one` on R^dim."""
     rng = np.random.default_rng(seed)
-    params = {"w": jnp.asarray(rng.normal(size=(dim, 5))), "u": jnp.asarray(rng.normal(size=(5, dim)) / 2)}
-
-    def score_one(params, x, t):
-        return jnp.tanh(x @ params["w"] + t) @ params["u"] - 0.3 * x * t
-
-    return params, score_one
+    return {"w": jnp.asarray(rng.normal(size=(dim, 5))), "u": jnp.asarray(rng.normal(size=(5, dim)) / 2)}
 
 
-def explicit_terms(sde, score_one, params, frozen, x0, t, z, v, exact):
+@jit
+def derivatives(params, x, t):
+    """s, J[i, j] = ds_i/dx_j and d^2 s_i / dx_j dx_k of `score_one`, in full."""
+    jacobian = jax.jacrev(score_one, argnums=1)
+    return score_one(params, x, t), jacobian(params, x, t), jax.jacrev(jacobian, argnums=1)(params, x, t)
+
+
+def explicit_terms(sde, params, frozen, x0, t, z, v, exact):
     """All terms of one example from the full Jacobian and third derivative, with `frozen` under the stop-gradients."""
     dim = len(x0)
     t = jnp.asarray(t)
     alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
     x = alpha * x0 + sigma * z
-    s = np.asarray(score_one(params, x, t))
-    jac = np.asarray(jax.jacrev(score_one, argnums=1)(params, x, t))  # J[i, j] = ds_i/dx_j
-    second = np.asarray(jax.jacrev(jax.jacrev(score_one, argnums=1), argnums=1)(params, x, t))  # [i, j, k]
-    c = z + sigma * np.asarray(score_one(frozen, x, t))
-    jac_sg = np.asarray(jax.jacrev(score_one, argnums=1)(frozen, x, t))
+    s, jac, second = map(np.asarray, derivatives(params, x, t))
+    s_sg, jac_sg, _ = map(np.asarray, derivatives(frozen, x, t))
+    c = z + sigma * s_sg
     first = np.mean((sigma * s + z) ** 2)
     if exact:
         l2 = np.mean((sigma**2 * jac + np.eye(dim) - np.outer(c, c)) ** 2)
@@ -162,13 +173,13 @@ def explicit_terms(sde, score_one, params, frozen, x0, t, z, v, exact):
 @both_forms
 @all_orders
 def test_against_explicit_hessian_and_third_derivative(sde, exact, order):
-    params, score_one = tiny_net(3)
+    params = tiny_net(3)
     score = jax.vmap(lambda x, t: score_one(params, x, t))
     t, z, v = draws(6, (3,))
     x0 = 0.7 * z[::-1] + 0.2
-    terms = np.stack(losses.dsm_losses(sde, score, x0, t, z, v, order, exact), axis=-1)
+    terms = np.stack(jit(lambda *args: losses.dsm_losses(sde, score, *args, order, exact))(x0, t, z, v), axis=-1)
     args = [np.asarray(a) for a in (x0, t, z, v)]
-    truth = np.stack([explicit_terms(sde, score_one, params, params, *row, exact) for row in zip(*args, strict=True)])
+    truth = np.stack([explicit_terms(sde, params, params, *row, exact) for row in zip(*args, strict=True)])
     truth[:, {1: 1, 2: 3, 3: 4}[order] :] = 0
     np.testing.assert_allclose(terms, truth, rtol=1e-9, atol=1e-12)
 
@@ -176,14 +187,17 @@ def test_against_explicit_hessian_and_third_derivative(sde, exact, order):
 def test_images_are_flattened():
     """[B, H, W, C] gives what [B, H W C] gives."""
     sde = SDES["vp"]
-    params, score_one = tiny_net(12)
+    params = tiny_net(12)
     flat_score = jax.vmap(lambda x, t: score_one(params, x, t))
     t, z, v = draws(4, (2, 2, 3))
-    image_terms = losses.dsm_losses(
-        sde, lambda x, t: flat_score(x.reshape(4, 12), t).reshape(x.shape), 0.5 * z, t, z, v, 3
+
+    def image_score(x, t):
+        return flat_score(x.reshape(4, 12), t).reshape(x.shape)
+
+    image_terms = jit(lambda z, v: losses.dsm_losses(sde, image_score, 0.5 * z, t, z, v, 3))(z, v)
+    flat_terms = jit(lambda z, v: losses.dsm_losses(sde, flat_score, 0.5 * z, t, z, v, 3))(
+        z.reshape(4, 12), v.reshape(4, 12)
     )
-    flat = [a.reshape(4, 12) for a in (0.5 * z, z, v)]
-    flat_terms = losses.dsm_losses(sde, flat_score, flat[0], t, flat[1], flat[2], 3)
     np.testing.assert_allclose(image_terms, flat_terms, rtol=1e-12)
 
 
@@ -193,18 +207,18 @@ def test_probe_form_averaged_over_all_probes(sde):
     E (v.Av)^2 = (tr A)^2 + 4 sum_{i<j} S_ij^2, E |Av|^2 = |A|_F^2, and the same for each component of T.
     """
     dim = 3
-    params, score_one = tiny_net(dim)
+    params = tiny_net(dim)
     score = jax.vmap(lambda x, t: score_one(params, x, t))
     t, z, _ = draws(1, (dim,))
     x0 = jnp.ones((1, dim)) * 0.4
     probes = [jnp.asarray([v]) for v in itertools.product([-1.0, 1.0], repeat=dim)]
-    mean = np.mean([np.stack(losses.dsm_losses(sde, score, x0, t, z, v, 3), -1)[0] for v in probes], axis=0)
+    terms = jit(lambda v: losses.dsm_losses(sde, score, x0, t, z, v, 3))
+    mean = np.mean([np.stack(terms(v), -1)[0] for v in probes], axis=0)
 
     x = np.asarray(sde.alpha(t[0]) * x0[0] + sde.sigma(t[0]) * z[0])
     sigma, z = float(sde.sigma(t[0])), np.asarray(z[0])
-    c = z + sigma * np.asarray(score_one(params, x, t[0]))
-    jac = np.asarray(jax.jacrev(score_one, argnums=1)(params, x, t[0]))
-    second = np.asarray(jax.jacrev(jax.jacrev(score_one, argnums=1), argnums=1)(params, x, t[0]))
+    s, jac, second = map(np.asarray, derivatives(params, x, t[0]))
+    c = z + sigma * s
     eye = np.eye(dim)
 
     def mean_quadratic_sq(a):
@@ -224,7 +238,7 @@ def test_probe_form_averaged_over_all_probes(sde):
 @both_forms
 def test_parameter_gradient_against_finite_differences(sde, exact):
     """Central differences of the explicit formula in which what stands under a stop-gradient is held fixed."""
-    params, score_one = tiny_net(2)
+    params = tiny_net(2)
     t, z, v = draws(3, (2,))
     x0 = 0.7 * z[::-1] + 0.2
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
@@ -234,12 +248,12 @@ def test_parameter_gradient_against_finite_differences(sde, exact):
         score = jax.vmap(lambda x, t: score_one(params, x, t))
         return sum(jnp.sum(term) for term in losses.dsm_losses(sde, score, x0, t, z, v, 3, exact))
 
-    gradient = np.asarray(jax.grad(total)(flat))
+    gradient = np.asarray(jit(jax.grad(total))(flat))
     args = [np.asarray(a) for a in (x0, t, z, v)]
 
     def reference(flat):
         rows = zip(*args, strict=True)
-        return sum(explicit_terms(sde, score_one, unflatten(flat), params, *row, exact).sum() for row in rows)
+        return sum(explicit_terms(sde, unflatten(flat), params, *row, exact).sum() for row in rows)
 
     h = 1e-5
     for i in np.random.default_rng(3).choice(len(flat), 8, replace=False):
@@ -290,11 +304,11 @@ def test_likelihood_weighting_and_importance_weighting_agree(sde):
 
 def test_draws_depend_on_key_and_index_alone():
     sde, key = SDES["vp"], jax.random.PRNGKey(3)
-    whole = losses.draw(sde, key, jnp.arange(8), (2, 2), eps=1e-5, importance=False)
-    part = losses.draw(sde, key, jnp.array([5, 2]), (2, 2), eps=1e-5, importance=False)
+    draw = jax.jit(lambda index: losses.draw(sde, key, index, (2, 2), eps=1e-5, importance=False))
+    whole, part = draw(jnp.arange(8)), draw(jnp.array([5, 2]))
     for a, b in zip(whole, part, strict=True):
         np.testing.assert_array_equal(np.asarray(a)[[5, 2]], b)
-    many = losses.draw(sde, key, jnp.arange(4000), (2,), eps=0.01, importance=True)
+    many = jit(lambda index: losses.draw(sde, key, index, (2,), eps=0.01, importance=True))(jnp.arange(4000))
     assert many.t.min() >= 0.01 * (1 - 1e-5) and many.t.max() <= 1
     assert set(np.unique(many.v)) == {-1.0, 1.0}
     np.testing.assert_allclose(np.cov(np.asarray(many.z).T), np.eye(2), atol=0.1)
@@ -302,7 +316,7 @@ def test_draws_depend_on_key_and_index_alone():
 
 def test_loss_fn_weights_and_reports_its_terms():
     sde = SDES["ve"]
-    params, score_one = tiny_net(2)
+    params = tiny_net(2)
 
     def score_fn_of_params(params, model_state, dropout_key):
         return jax.vmap(lambda x, t: score_one(params, x / 50, t))
@@ -311,7 +325,7 @@ def test_loss_fn_weights_and_reports_its_terms():
 
     def run(**overrides):
         loss_fn = losses.get_loss_fn(training_config(**overrides), sde, score_fn_of_params)
-        loss, terms = loss_fn(params, {}, x0, jnp.arange(8), key)
+        loss, terms = jit(loss_fn)(params, {}, x0, jnp.arange(8), key)
         np.testing.assert_allclose(loss, jnp.mean(terms["loss"]))
         return {k: np.asarray(v) for k, v in terms.items()}
 
@@ -346,7 +360,7 @@ def test_a_new_weighting_and_a_new_term_are_a_function_and_a_line(monkeypatch):
 
     def loss_and_grad(config):
         loss_fn = losses.get_loss_fn(config, sde, lambda a, state, keys: lambda x, t: -x @ a.T)
-        (loss, terms), grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+        (loss, terms), grad = jit(jax.value_and_grad(loss_fn, has_aux=True))(
             jnp.asarray(a), {}, jnp.asarray(x0), jnp.arange(5), jax.random.PRNGKey(0)
         )
         np.testing.assert_allclose(loss, np.mean(terms["loss"]))
@@ -415,7 +429,7 @@ def test_optimizer_is_adam_with_warmup_and_global_clipping():
 
 def test_step_does_not_depend_on_the_number_of_devices():
     """The same global batch on 1 and on 4 (virtual) devices: same parameters, EMA and metrics."""
-    params, score_one = tiny_net(2)
+    params = tiny_net(2)
 
     def score_fn_of_params(params, model_state, dropout_key):
         return jax.vmap(lambda x, t: score_one(params, x, t))
@@ -431,7 +445,7 @@ def test_step_does_not_depend_on_the_number_of_devices():
     x0 = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
     results = []
     for devices in (1, 4):
-        vstep = jax.jit(jax.vmap(step_fn, axis_name="batch", in_axes=(None, 0)))
+        vstep = jit(jax.vmap(step_fn, axis_name="batch", in_axes=(None, 0)))
         new, metrics = vstep(state, x0.reshape(devices, 8 // devices, 2))
         results.append(jax.tree.map(lambda x: np.asarray(x[0]), (new.params, new.ema_params, metrics)))
         np.testing.assert_array_equal(new.step, 1)

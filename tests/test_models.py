@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_utils import golden_config, load_golden, load_params, relative_error
+from quick import jit
 
 import sde_lib
 from configs.default_configs import get_default_configs
 from errors import UserError
 from models import create_model, init_params
 from models.score import CONDITIONS, get_score_fn
-
-# these programs run once or thrice, so that compilation is their time
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 RECORDED = ["vp16", "subvp16", "ve16", "church16", "v_ve_progres", "v_ve_catcomb", "v_vp_ddpmblk", "v_linearve"]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import busy_jit, jit
 from scipy.special import ndtr, ndtri
 from scipy.stats import kstest
 
@@ -49,7 +50,7 @@ def marginal(sde, t):
 def test_flow_from_a_latent(name):
     sde = SDES[name]
     z = sde.prior_sampling(jax.random.key(0), (6, 2, 2, 3))
-    x, nfe = jax.jit(lambda z: ode_sampler(sde, gaussian_score(sde), z, eps=EPS, denoise=False))(z)
+    x, nfe = jit(lambda z: ode_sampler(sde, gaussian_score(sde), z, eps=EPS, denoise=False))(z)
     (mean_eps, std_eps), (mean_1, std_1) = marginal(sde, EPS), marginal(sde, 1.0)
     np.testing.assert_allclose(x, mean_eps + std_eps * (z - mean_1) / std_1, atol=5e-4)
     assert nfe.shape == (6,) and np.all(nfe % 6 == 2)
@@ -58,7 +59,7 @@ def test_flow_from_a_latent(name):
 def test_moments_of_the_samples():
     sde = SDES["vp"]
     z = sde.prior_sampling(jax.random.key(0), (4000, 2, 2, 3))
-    x, _ = jax.jit(lambda z: ode_sampler(sde, gaussian_score(sde), z, eps=1e-3, denoise=False))(z)
+    x, _ = jit(lambda z: ode_sampler(sde, gaussian_score(sde), z, eps=1e-3, denoise=False))(z)
     np.testing.assert_allclose(x.mean(0), MU, atol=4 * STD.max() / np.sqrt(4000) + 0.01)
     np.testing.assert_allclose(x.std(0) / STD, 1, atol=4 / np.sqrt(8000) + 0.01)
 
@@ -74,8 +75,9 @@ def test_sampler_undoes_the_likelihood(name):
             + 0.1 * jnp.sin(3 * jnp.roll(x, 1, axis=-1)) / (1 + sde.sigma(t))[:, None, None, None]
         )
 
-    _, z, _ = ode_log_likelihood(sde, score_fn, x, jnp.ones_like(x), eps=EPS, rtol=1e-6, atol=1e-6)
-    back, _ = ode_sampler(sde, score_fn, z, eps=EPS, rtol=1e-6, atol=1e-6, denoise=False)
+    options = dict(eps=EPS, rtol=1e-6, atol=1e-6)
+    _, z, _ = jit(lambda x, v: ode_log_likelihood(sde, score_fn, x, v, **options))(x, jnp.ones_like(x))
+    back, _ = jit(lambda z: ode_sampler(sde, score_fn, z, denoise=False, **options))(z)
     assert float(jnp.abs(z - x).max()) > 0.1
     np.testing.assert_allclose(back, x, atol=1e-3)
 
@@ -83,8 +85,8 @@ def test_sampler_undoes_the_likelihood(name):
 def test_denoising_is_the_mean_of_one_reverse_step():
     sde, eps = SDES["vp"], 0.01
     score_fn, z = gaussian_score(sde), jax.random.normal(jax.random.key(0), (2, 2, 2, 3))
-    x, nfe = ode_sampler(sde, score_fn, z, eps=eps, denoise=False)
-    denoised, denoised_nfe = ode_sampler(sde, score_fn, z, eps=eps, denoise=True)
+    x, nfe = jit(lambda z: ode_sampler(sde, score_fn, z, eps=eps, denoise=False))(z)
+    denoised, denoised_nfe = jit(lambda z: ode_sampler(sde, score_fn, z, eps=eps, denoise=True))(z)
     beta = (0.1 + 19.9 * int(eps * 999) / 999) / 1000  # DDPM's at that step
     expected = x + (1 - np.sqrt(1 - beta)) * x + beta * score_fn(x, jnp.full(2, eps))
     np.testing.assert_allclose(denoised, expected, atol=1e-6)
@@ -96,9 +98,10 @@ def test_factory_samples_images_as_the_config_says():
     config.noise_removal, config.rtol, config.smallest_time = False, 1e-3, 1e-3
     sample = get_sampling_fn(config, sde, (2, 2, 3), lambda x: (x + 1) / 2)
     keys = jax.random.split(jax.random.key(5), 4)
-    images, nfe = sample(gaussian_score(sde), keys)
+    images, nfe = jit(lambda keys: sample(gaussian_score(sde), keys))(keys)
     z = jnp.stack([sde.prior_sampling(key, (2, 2, 3)) for key in keys])
-    x, expected_nfe = ode_sampler(sde, gaussian_score(sde), z, eps=1e-3, rtol=1e-3, atol=1e-5, denoise=False)
+    options = dict(eps=1e-3, rtol=1e-3, atol=1e-5)
+    x, expected_nfe = jit(lambda z: ode_sampler(sde, gaussian_score(sde), z, denoise=False, **options))(z)
     np.testing.assert_allclose(images, (x + 1) / 2, rtol=1e-6)
     assert images.shape == (4, 2, 2, 3) and np.all(nfe == expected_nfe)
 
@@ -137,7 +140,7 @@ def test_predictor_corrector_moments(name, predictor, corrector, flow):
     config.update(method="pc", predictor=predictor, corrector=corrector, probability_flow=flow)
     config.smallest_time = 1e-2 if name == "subvp" else 1e-3
     sample = get_sampling_fn(config, sde, (2, 2, 3), lambda x: x)
-    draw = jax.jit(lambda key: sample(gaussian_score(sde), jax.random.split(key, batch)))
+    draw = busy_jit(lambda key: sample(gaussian_score(sde), jax.random.split(key, batch)))
     if (name, predictor) == ("subvp", "ancestral_sampling"):
         with pytest.raises(UserError, match="defined for vpsde and vesde"):
             draw(jax.random.key(0))
@@ -240,7 +243,7 @@ def draw(name, predictor, corrector, flow, score_fn_of, *, N, n, denoise, n_step
     config.update(noise_removal=denoise, n_steps_each=n_steps, smallest_time=EPS)
     sample = get_sampling_fn(config, sde, (1,), lambda x: x)
     keys = jax.random.split(jax.random.key(0), n)
-    x, nfe = jax.jit(lambda keys: sample(score_fn_of(sde), keys))(keys)
+    x, nfe = (jit if N <= 100 else busy_jit)(lambda keys: sample(score_fn_of(sde), keys))(keys)
     assert np.all(nfe == N * ((predictor != "none") + n_steps * (corrector != "none")))
     return np.asarray(x, np.float64)[:, 0]
 
@@ -340,12 +343,12 @@ def test_ode_sampler_maps_quantiles_to_quantiles(name):
         low, high = np.where(too_low, middle, low), np.where(too_low, high, middle)
     z = jnp.asarray(middle, jnp.float32)[:, None]
     score_fn = mixture_score(sde)
-    x, _ = jax.jit(lambda z: ode_sampler(sde, score_fn, z, eps=EPS, rtol=1e-6, atol=1e-6, denoise=False))(z)
+    x, _ = jit(lambda z: ode_sampler(sde, score_fn, z, eps=EPS, rtol=1e-6, atol=1e-6, denoise=False))(z)
     alpha, sigma, _, _ = process(name, EPS)
     np.testing.assert_allclose(
         mixture_cdf(x[:, 0], alpha, sigma), q, atol=3e-4
     )  # 3e-3 at 1e-5, 4e-6 at 1e-7: the solver's
     prior = sde.prior_std * jnp.asarray(ndtri(q), jnp.float32)[:, None]
-    x, _ = jax.jit(lambda z: ode_sampler(sde, score_fn, z, eps=EPS, denoise=True))(prior)
+    x, _ = jit(lambda z: ode_sampler(sde, score_fn, z, eps=EPS, denoise=True))(prior)
     # The prior is not quite the marginal at T, by some E[x] / sigma_max, and the last step is one of N.
     assert kstest(np.asarray(x)[:, 0], mixture_cdf).statistic < 0.5 / 400 + 0.01

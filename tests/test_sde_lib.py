@@ -90,8 +90,10 @@ def test_moments_of_the_forward_sde(name):
         eps, mean0, var0 = 1e-3, 1.7, 0.3
         alpha, sigma = float(sde.alpha(jnp.float64(eps))), float(sde.sigma(jnp.float64(eps)))
 
+        coefficients = jax.jit(lambda t: (sde.drift_coefficient(t), sde.diffusion_sq(t)))
+
         def rhs(t, y):
-            f, g_sq = float(sde.drift_coefficient(jnp.float64(t))), float(sde.diffusion_sq(jnp.float64(t)))
+            f, g_sq = map(float, coefficients(jnp.float64(t)))
             return [f * y[0], 2 * f * y[1] + g_sq]
 
         y0 = [alpha * mean0, alpha**2 * var0 + sigma**2]
