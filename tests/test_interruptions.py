@@ -19,7 +19,8 @@ import checkpoints
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".jax_cache" / "main"
 # A launch compiles for longer than it runs: no time is spent on making the programs fast.
-FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as tests/quick.py
+FLAGS = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": FLAGS}
 TRAIN = {"training.n_iters": 60, "training.snapshot_freq": 20, "training.snapshot_freq_for_preemption": 4}
 TRAIN |= {"training.log_freq": 2, "training.eval_freq": 10}
