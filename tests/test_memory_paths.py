@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from test_losses import tiny_net, training_config
+from test_losses import score_one, tiny_net, training_config
 from test_models import random_params, tiny_config
 
 import losses
@@ -106,7 +106,7 @@ def one_step(score_fn_of_params, params, x0, sde, order, num_microbatches):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(order):
-    params, score_one = tiny_net(3)
+    params = tiny_net(3)
     x0 = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)))
 
     def score_fn_of_params(params, model_state, keys):
