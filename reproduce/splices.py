@@ -58,6 +58,7 @@ def splices(first: Path, second: Path, times: Sequence[float], num: int) -> list
     """A row for each time, the first model alone last: bits/dim on the first `num` test images, and less the first's.
 
     first, second: workdirs of runs of the same network. Seed, probes and solver are the config's of the first.
+    UserError: a run has no checkpoint, or the solver gave up on an image.
     """
     built, *model = restored(first)
     _, *other = restored(second)
@@ -125,7 +126,7 @@ def main() -> None:
         found[name] = splices(study / f"{first}_seed0", study / f"{second}_seed0", TIMES, args.num)
     found = {name: found[name] for name in PAIRS if name in found}
     args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"num": args.num, "pairs": found}, indent=1) + "\n")
+    path.write_text(json.dumps({"pairs": found}, indent=1) + "\n")
     path.with_suffix(".png").write_bytes(picture(found))
     print(f"{path}\n{path.with_suffix('.png')}")
 

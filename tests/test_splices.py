@@ -81,7 +81,7 @@ def test_picture_and_numbers_of_other_pairs_stay(runs, tmp_path, monkeypatch, ca
     out = tmp_path / "out"
     out.mkdir()
     kept = [{"time": 0.0, "sigma": 0.1, "bpd": 1.0, "minus the first": {"mean": 0.1, "stderr": 0.01}}]
-    (out / "digits_splices.json").write_text(json.dumps({"num": 64, "pairs": {"ve": kept}}))
+    (out / "digits_splices.json").write_text(json.dumps({"pairs": {"ve": kept}}))
     arguments = ["splices", "--only=vp", "--num=4", f"--workdir={tmp_path / 'work'}", f"--out={out}"]
     monkeypatch.setattr(sys, "argv", arguments)
     splices.main()
