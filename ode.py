@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive Runge-Kutta 4(5) on the device, one step size per example.
+"""Adaptive Runge-Kutta 4(5) on the device, one step size per example; and Adams-Bashforth on an even grid.
 
 Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae". Starting step and step control: Hairer, Norsett &
 Wanner, "Solving Ordinary Differential Equations I", sec. II.4, with the constants and so the steps of
@@ -163,6 +163,52 @@ def rk45_queue(
         lambda queue: jnp.any(queue[1] < count), advance, (_rows(starts, first), first, jnp.asarray(lanes), starts)
     )
     return _result(queue[3], t1, unravel)
+
+
+def adams_bashforth(
+    fun: Callable[[Float[Array, "B"], Any], Any], y0: Any, t0: ArrayLike, t1: ArrayLike, *, steps: int
+) -> tuple[Any, Any]:
+    """y(t1) of dy/dt = fun(t, y), y(t0) = y0, by the third-order Adams-Bashforth formula in even steps.
+
+    One evaluation a step, and two Dormand-Prince steps to start with: `steps` + 11 in all. For a fun that is rough in
+    t: between the ends every evaluation has the same weight, so that the error is that of an average over an even grid,
+    where each step of `rk45` gives its six evaluations the weights 0.09, 0.45, 0.65, -0.32, 0.13 and 0.
+
+    Args:
+        fun, y0, t0, t1: as for `rk45`.
+        steps: an even number, 4 or more.
+
+    Returns:
+        y(t1), and what the trapezoidal rule would add to it if every other evaluation were left out: the size of the
+        error, for entries of y that fun is rough in. Both in the structure of y0. A solve that diverges is not found
+        here; the latter is then large or not finite.
+    """
+    if steps < 4 or steps % 2:
+        raise UserError(f"an even grid takes an even number of steps, 4 or more, not {steps}")
+    y, t, t1, unravel = _flat(y0, t0, t1)
+    h = (t1 - t) / steps
+
+    def flow(t, y):
+        return jax.vmap(_ravel)(fun(t, unravel(y)))
+
+    def advance(state, n, y, f):
+        _, recent, alternating = state
+        weight = jnp.where(n % 2, -1, 1) * jnp.where(n == steps, 0.5, 1)
+        return y, (f, *recent[:2]), alternating + weight * f
+
+    def runge_kutta(n, state):
+        y, f, _ = dormand_prince_step(flow, t + n * h, state[0], state[1][0], h)
+        return advance(state, n + 1, y, f)
+
+    def multistep(n, state):
+        y, (f0, f1, f2), _ = state
+        y += h[:, None] / 12 * (23 * f0 - 16 * f1 + 5 * f2)
+        return advance(state, n + 1, y, flow(t + (n + 1) * h, y))
+
+    f = flow(t, y)
+    state = jax.lax.fori_loop(0, 2, runge_kutta, (y, (f, f, f), 0.5 * f))
+    y, _, alternating = jax.lax.fori_loop(2, steps, multistep, state)
+    return unravel(y), unravel(h[:, None] * alternating)
 
 
 def _flat(y0, t0, t1):

@@ -2,12 +2,14 @@
 """The ODE's likelihood: scipy's RK45 on the host over a whole batch, as the public code does it, against ours.
 
 python -m benchmarks.likelihood [--json] [--quick] [--sde vpsde|vesde]
-                                [--workdir RUN --config FILE] [--batch N] [--repeats N] [--lanes N] [--no-reference]
+                                [--workdir RUN --config FILE] [--batch N] [--repeats N] [--lanes N] [--steps N]
+                                [--no-reference]
 
 Same network, weights, images and probes on both sides, in one run, at tolerance 1e-5. Baseline: two programs a step's
 evaluation, the drift, and the divergence by reverse mode, and one step size for the batch. Then a line for each lever,
 each with those above it. Errors in bits/dim are against the same probes at 1e-7 in float64, which is most of the time
-of a run; with them the last lever is the tolerance, tighter or looser, whose error is no larger than the baseline's.
+of a run; with them the last line is RK45 at the tolerance, tighter or looser, whose error is no larger than the
+baseline's. The even grid (eval.ode_solver=adams) takes the place of RK45 and has no tolerance.
 Without --workdir: a DDPM++ (VE: NCSN++) with nf 32, ch_mult (1, 2, 2), 2 blocks and random weights of
 init_scale 1 on 16x16x3 images. Every solve is told on stderr as it ends. The last line is the ratio; with --json one
 object.
@@ -131,13 +133,16 @@ def public_solver(problem: Problem, *, one_program: str | None) -> Callable[[], 
 
 
 def device_solver(problem: Problem, **options: Any) -> Callable[..., Result]:
-    """`likelihood.ode_log_likelihood`, in the precision of the parameters; takes a tolerance."""
+    """Ours in the precision of the parameters, with `steps` the one on an even grid. Takes a tolerance, void there."""
     dtype = jax.tree.leaves(problem.params)[0].dtype
     arrays = problem.params, jnp.asarray(problem.x, dtype), jnp.asarray(problem.v, dtype)
     options = {"eps": EPS, "data_std": problem.data_std, **options}
 
     def program(params, x, v, tolerance):
         score_fn = problem.score_of(params)
+        if "steps" in options:
+            logp, _, nfe, _ = likelihood.even_grid_log_likelihood(problem.sde, score_fn, x, v, **options)
+            return logp, nfe
         options.update(rtol=tolerance, atol=tolerance)
         logp, _, nfe = likelihood.ode_log_likelihood(problem.sde, score_fn, x, v, **options)
         return logp, nfe
@@ -163,8 +168,8 @@ def bits_per_dim_error(problem: Problem, logp: np.ndarray, truth: np.ndarray) ->
     return float(np.mean(np.abs(logp - truth)) / (problem.x[0].size * math.log(2)))
 
 
-def levers(problem: Problem, lanes: int) -> dict[str, Callable[..., Result]]:
-    """Each with those above it; the first is the baseline."""
+def levers(problem: Problem, lanes: int, steps: int) -> dict[str, Callable[..., Result]]:
+    """Each with those above it, the last in place of RK45 and the queue; the first is the baseline."""
     return {
         "scipy, drift and reverse mode": public_solver(problem, one_program=None),
         "scipy, one reverse-mode program": public_solver(problem, one_program="reverse"),
@@ -172,6 +177,7 @@ def levers(problem: Problem, lanes: int) -> dict[str, Callable[..., Result]]:
         "on the device, steps per example": device_solver(problem),
         "log-SNR time, scaled state": device_solver(problem, variables="log_snr"),
         f"queue of {lanes} lanes": device_solver(problem, variables="log_snr", lanes=lanes),
+        f"even grid in log-SNR, {steps} steps": device_solver(problem, steps=steps),
     }
 
 
@@ -222,6 +228,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lanes", type=int, default=0, help="of the queue; 0: half the batch")
+    parser.add_argument("--steps", type=int, default=192, help="of the even grid (eval.ode_steps)")
     parser.add_argument(
         "--no-reference", action="store_true", help="no errors in bits/dim, which saves the float64 run"
     )
@@ -233,8 +240,8 @@ def main() -> None:
         problem = trained_network(args.workdir, args.config, batch)
     else:
         problem = random_network(args.sde, batch)
-    solvers = levers(problem, args.lanes or max(1, batch // 2))
-    baseline, *_, log_snr, _ = solvers
+    solvers = levers(problem, args.lanes or max(1, batch // 2), args.steps)
+    baseline, *_, log_snr, _, _ = solvers
     truth = None
     if not args.no_reference:
         truth = timed("reference", lambda: Result(reference(problem), np.zeros(1)))[0].logp

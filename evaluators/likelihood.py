@@ -18,18 +18,33 @@ from evaluators.context import Context, Evaluator, per_example, round_up, settin
 from evaluators.dequantized import Dequantizer
 from parts import Parts
 
-_SETTINGS = ("hutchinson_type", "num_probes", "rtol", "atol", "max_steps", "ode_variables", "ode_data_std")
+_SETTINGS = {  # what a result depends on, by eval.ode_solver
+    "rk45": ("hutchinson_type", "num_probes", "rtol", "atol", "max_steps", "ode_variables", "ode_data_std"),
+    "adams": ("hutchinson_type", "num_probes", "ode_solver", "ode_steps", "ode_data_std"),
+}
 
 
 def log_likelihood(parts: Parts, size: int):
-    """(params, model_state, x [b, ...], index [b], repeat [b]) -> logp [b] in nats, nfe [b].
+    """(params, model_state, x [b, ...], index [b], repeat [b]) -> {"logp" [b] in nats, "nfe" [b]}.
 
-    The probes of an example are a function of seed, index and repeat alone, so that checkpoints and orders are compared
-    on the same. UserError with the number of the first example that the solver gave up on.
+    With `eval.ode_solver=adams` also "ode_error" [b], an estimate of logp's error. The probes of an example are a
+    function of seed, index and repeat alone, so that checkpoints and orders are compared on the same. UserError with
+    the number of the first example that the solver gave up on.
     """
     config = parts.config.eval
-    solver = {"rtol": config.rtol, "atol": config.atol, "max_steps": config.max_steps}
-    solver |= {"variables": config.ode_variables, "data_std": config.ode_data_std, "lanes": config.ode_lanes}
+    fixed = config.ode_solver == "adams"
+    if fixed:
+        names = "logp", "nfe", "ode_error"
+        solve = functools.partial(likelihood.even_grid_log_likelihood, steps=config.ode_steps)
+        reason = f"with eval.ode_steps={config.ode_steps} the error is above 1 bit/dim or the state not finite"
+        failure = reason, "take more steps or eval.ode_solver=rk45"
+    else:
+        names = "logp", "nfe"
+        options = {"rtol": config.rtol, "atol": config.atol, "max_steps": config.max_steps}
+        options |= {"variables": config.ode_variables, "lanes": config.ode_lanes}
+        solve = functools.partial(likelihood.ode_log_likelihood, **options)
+        reason = "it reached eval.max_steps or a non-finite state"
+        failure = reason, "raise eval.max_steps, loosen eval.rtol/atol"
     seed, eps, kind = parts.config.seed, parts.config.training.smallest_time, config.hutchinson_type
 
     def probes_of(index, repeat, shape):
@@ -43,20 +58,21 @@ def log_likelihood(parts: Parts, size: int):
             probe = jax.vmap(functools.partial(probes_of, shape=x.shape[1:]), out_axes=1)(index, repeat)  # [K, B, ...]
             probe = probe[0] if config.num_probes == 1 else probe
         score_fn = parts.score_fn(params, model_state)
-        logp, _, nfe = likelihood.ode_log_likelihood(parts.sde, score_fn, x, probe, eps=eps, **solver)
-        return logp, nfe
+        logp, _, *rest = solve(parts.sde, score_fn, x, probe, eps=eps, data_std=config.ode_data_std)
+        return dict(zip(names, (logp, *rest), strict=True))
 
     mapped = per_example(fn, size)
 
     def call(params, model_state, x, index, repeat):
-        logp, nfe = mapped(params, model_state, x, index, np.full_like(index, repeat))
-        if not np.all(np.isfinite(logp)):
-            bad = index[~np.isfinite(logp)]
-            raise UserError(
-                f"the likelihood ODE failed on {len(bad)} of {len(x)} examples, first on number {bad[0]}: it reached "
-                "eval.max_steps or a non-finite state; raise eval.max_steps, loosen eval.rtol/atol, or train further"
-            )
-        return logp, nfe
+        result = mapped(params, model_state, x, index, np.full_like(index, repeat))
+        failed = ~np.isfinite(result["logp"])
+        if fixed:
+            failed |= result["ode_error"] > math.prod(x.shape[1:]) * math.log(2)
+        if failed.any():
+            reason, remedy = failure
+            count = f"{failed.sum()} of {len(x)} examples, first on number {index[failed][0]}"
+            raise UserError(f"the likelihood ODE failed on {count}: {reason}; {remedy}, or train further")
+        return result
 
     return call
 
@@ -80,19 +96,19 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
     repeats = config.num_repeats if name == "test" and (is_image or config.hutchinson_type != "exact") else 1
     examples = split(parts, name, limit=config.num_examples, repeats=repeats)
     log_likelihood_fn = log_likelihood(parts, examples.size)
-    settings = {**settings_of(config, *_SETTINGS), **dequantizer.settings}
+    settings = {**settings_of(config, *_SETTINGS[config.ode_solver]), **dequantizer.settings}
     density = _density(parts) if not is_image and parts.dataset.shape[0] <= 2 else None
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
             repeat, x, index, log_q = dequantizer.batch(examples, k)
-            logp, nfe = log_likelihood_fn(context.params, context.model_state, x, index, repeat)
-            return {"logp": logp - log_q, "nfe": nfe}
+            row = log_likelihood_fn(context.params, context.model_state, x, index, repeat)
+            return row | {"logp": row["logp"] - log_q}
 
         units = context.units("likelihood", {**examples.settings, **settings})
         rows = units.run(examples.num_units, unit, f"likelihood, {name} split")
-        logp, nfe = examples.stacked(rows, "logp"), examples.stacked(rows, "nfe")
-        arrays = {"logp": logp, "nfe": nfe}
+        arrays = {key: examples.stacked(rows, key) for key in rows[0]}
+        logp, nfe = arrays["logp"], arrays["nfe"]
         if is_image:
             arrays["bpd"] = bits_per_dim(parts, logp)
             value = evaluation.mean_and_stderr(arrays["bpd"])
@@ -103,6 +119,10 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
             result_name("bpd" if is_image else "nll", config): {**value, "settings": settings},
             result_name("nfe", config): {"min": int(nfe.min()), "mean": float(nfe.mean()), "max": int(nfe.max())},
         }
+        if "ode_error" in arrays:
+            error = arrays["ode_error"] / (math.prod(parts.dataset.shape) * math.log(2) if is_image else 1)
+            summary = {"mean": float(error.mean()), "max": float(error.max())}
+            result[result_name("ode_error", config)] = {**summary, "unit": "bits/dim" if is_image else "nats"}
         if is_image and config.gaussian_baseline:
             seed = parts.config.seed
             result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(parts.dataset, parts.config.data, seed)
@@ -117,7 +137,7 @@ def _density(parts: Parts) -> Evaluator:
     points, cell, data = evaluation.density_grid(parts.dataset)
     size = min(config.batch_size, round_up(len(points)))
     log_likelihood_fn = log_likelihood(parts, size)
-    settings = {"points": len(points), "size": size, **settings_of(config, *_SETTINGS)}
+    settings = {"points": len(points), "size": size, **settings_of(config, *_SETTINGS[config.ode_solver])}
     sde_density = None
     if points.shape[1] == 1:
         sde_density = _sde_density(parts, points[:, 0].astype(np.float64), float(data.std()))
@@ -125,8 +145,8 @@ def _density(parts: Parts) -> Evaluator:
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
             index = np.arange(k * size, min((k + 1) * size, len(points)), dtype=np.int32)
-            logp, _ = log_likelihood_fn(context.params, context.model_state, points[index], index, 0)
-            return {"logp": logp}
+            row = log_likelihood_fn(context.params, context.model_state, points[index], index, 0)
+            return {"logp": row["logp"]}
 
         rows = context.units("density", settings).run(math.ceil(len(points) / size), unit)
         arrays = {"x": points, "model_logp": np.concatenate([row["logp"] for row in rows]), "data": data}

@@ -74,6 +74,23 @@ def test_likelihood_of_an_exact_score(gaussian):
     assert result["nfe"]["min"] == saved["nfe"].min() and result["nfe"]["max"] == saved["nfe"].max()
 
 
+def test_likelihood_on_an_even_grid(gaussian):
+    parts, context = gaussian
+    parts.config.eval.ode_solver = "adams"
+    result = EVALUATORS["enable_bpd"](parts, uniform())(context)
+    saved = np.load(context.file("bpd"))
+    errors = np.abs(saved["logp"] - true_logp(parts.dataset.test))
+    assert errors.shape == saved["ode_error"].shape == (2, 301) and errors.max() < 3e-3
+    assert result["nfe"] == {"min": 203, "mean": 203, "max": 203}
+    expected = {"mean": saved["ode_error"].mean(), "max": saved["ode_error"].max()}
+    assert result["ode_error"].pop("unit") == "nats"
+    assert result["ode_error"] == pytest.approx(expected, rel=1e-5)
+    assert result["nll"]["settings"]["ode_steps"] == 192 and "rtol" not in result["nll"]["settings"]
+    parts.config.eval.ode_steps = 4
+    with pytest.raises(UserError, match=r"failed on \d+ of 128 .*eval\.ode_steps=4 the error.*eval\.ode_solver=rk45"):
+        EVALUATORS["enable_bpd"](parts, uniform())(context)
+
+
 @pytest.mark.parametrize(("dsm", "importance"), [(True, True), (False, True), (True, False)])
 def test_bound_of_an_exact_score_is_the_likelihood(gaussian, dsm, importance):
     parts, context = gaussian

@@ -13,6 +13,7 @@ from errors import UserError
 from likelihood import (
     bits_per_dim,
     bound_offset,
+    even_grid_log_likelihood,
     likelihood_bound,
     ode_log_likelihood,
     probe,
@@ -366,3 +367,72 @@ def test_queue_of_examples_gives_the_same(variables):
 def test_unknown_variables():
     with pytest.raises(UserError, match=r"eval\.ode_variables='x'.*t, log_snr"):
         ode_log_likelihood(SDES["vp"], curved_score, jnp.ones((1, 3)), None, variables="x")
+
+
+def solve_even(sde, score_fn, x, v, **options):
+    """`even_grid_log_likelihood` as one program."""
+    return jit(lambda x, v: even_grid_log_likelihood(sde, score_fn, x, v, **options))(x, v)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_even_grid_of_a_gaussian(name):
+    sde, x = SDES[name], data(5)
+    v = probe(jax.random.key(0), (5, 3), "rademacher")
+    logp, z, nfe, error = solve_even(sde, gaussian_score(sde), jnp.asarray(x, jnp.float32), v, steps=192)
+    z_truth, truth = flow_truth(name, x)
+    np.testing.assert_allclose(logp, truth, atol=3e-4)
+    np.testing.assert_allclose(z, z_truth, rtol=2e-4, atol=2e-4 * z_truth.std())
+    assert np.all(nfe == 203) and nfe.shape == (5,)
+    assert np.all(error < 3e-4)  # nothing is rough here
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_even_grid_converges_to_the_truth(name):
+    with jax.enable_x64(True):
+        sde, x = SDES[name], data(2)
+        z_truth, truth = flow_truth(name, x)
+        errors = []
+        for steps in (500, 1000, 2000):
+            logp, z, _, _ = solve_even(sde, gaussian_score(sde), jnp.asarray(x), None, steps=steps)
+            errors.append(np.abs(logp - truth).max())
+        assert errors[2] < 1e-6
+        np.testing.assert_allclose(z, z_truth, rtol=1e-6)
+        np.testing.assert_allclose(np.log2(errors[:-1]) - np.log2(errors[1:]), 3, atol=0.3)  # third order
+
+
+def test_even_grid_is_the_same_ode():
+    """A score that is no gradient field, with true probes, one and several, and the trace."""
+    with jax.enable_x64(True):
+        sde, x = SDES["vp"], jnp.asarray(data(3))
+        v = jax.random.normal(jax.random.key(2), (2, 3, 3), jnp.float64)
+        for probes in (None, v[0], v):
+            expected, latent, _ = solve(sde, curved_score, x, probes, rtol=1e-9, atol=1e-9, variables="log_snr")
+            logp, z, _, _ = solve_even(sde, curved_score, x, probes, steps=2000)
+            np.testing.assert_allclose(logp, expected, atol=1e-5)
+            np.testing.assert_allclose(z, latent, rtol=1e-5, atol=1e-5)
+
+
+def test_even_grid_and_its_estimate_for_a_rough_score():
+    """The Gaussian's score times 1 + 0.2 sin(20 log-SNR + phase), against RK45 with about as many evaluations."""
+    with jax.enable_x64(True):
+        sde, x = SDES["vp"], jnp.asarray(data(8))
+        phase = jnp.linspace(0, 6, 8)
+
+        def score_fn(x, t):
+            return gaussian_score(sde)(x, t) * (1 + 0.2 * jnp.sin(20 * sde.log_snr(t) + phase))[:, None]
+
+        options = {"variables": "log_snr", "data_std": 0.8}
+        truth, _, _ = solve(sde, score_fn, x, None, rtol=1e-9, atol=1e-9, **options)
+        logp, _, nfe, estimate = solve_even(sde, score_fn, x, None, steps=192, data_std=0.8)
+        adaptive, _, nfe_adaptive = solve(sde, score_fn, x, None, rtol=1e-3, atol=1e-3, **options)
+        error, error_adaptive = (np.mean(np.abs(value - truth)) for value in (logp, adaptive))
+        assert nfe_adaptive.mean() > 0.9 * nfe.mean()
+        assert 2 * error < error_adaptive
+        assert error / 5 < np.mean(estimate) < 5 * error
+
+
+def test_even_grid_of_a_score_that_is_not_finite():
+    logp, _, _, error = solve_even(
+        SDES["vp"], lambda x, t: jnp.where(t[:, None] > 0.5, jnp.nan, -x), jnp.ones((2, 3)), None, steps=8
+    )
+    assert np.isnan(logp).all() and np.isnan(error).all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ode.rk45 against scipy's RK45, matrix exponentials and closed forms."""
+"""ode.rk45 and ode.adams_bashforth against scipy's RK45, matrix exponentials and closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
 from errors import UserError
-from ode import SolverError, dormand_prince_step, raise_on_failure, rk45, rk45_queue
+from ode import SolverError, adams_bashforth, dormand_prince_step, raise_on_failure, rk45, rk45_queue
 
 
 @pytest.fixture
@@ -236,3 +236,107 @@ def test_a_quadrature_needs_no_derivative_at_the_second_stage(x64, lanes):
     np.testing.assert_allclose(same_integral, integral, rtol=1e-9)
     (other, _), _ = solve(lambda t, y, data: fun(t, y, data, shift=1e-2))
     assert np.max(np.abs(other - state)) > 1e-9
+
+
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.5), (1.5, 0.0)])
+def test_adams_bashforth_has_order_three(x64, t0, t1):
+    """y' = A y cos t, so y(t1) = exp(A (sin t1 - sin t0)) y0; the error falls by 8 as the steps are halved."""
+    matrix, y0 = random_matrix(), np.random.default_rng(1).normal(size=(2, 4))
+    truth = y0 @ expm(matrix.T * (np.sin(t1) - np.sin(t0)))
+
+    def fun(t, y):
+        return jnp.cos(t)[:, None] * (y @ matrix.T)
+
+    errors = [
+        np.abs(adams_bashforth(fun, jnp.asarray(y0), t0, t1, steps=steps)[0] - truth).max() for steps in (64, 128, 256)
+    ]
+    assert errors[-1] < 1e-4
+    np.testing.assert_allclose(np.log2(errors[:-1]) - np.log2(errors[1:]), 3, atol=0.15)
+
+
+def test_adams_bashforth_is_the_formula(x64):
+    """Six steps by hand, of a tree whose examples have their own times."""
+    t0, t1 = np.array([0.0, 0.5]), np.array([1.2, -0.7])
+    y0 = {"a": jnp.array([[1.0, 2.0], [0.5, -1.0]]), "b": jnp.array([0.0, 3.0])}
+
+    def slope(t, a, b):
+        return np.sin(t)[:, None] * a - b[:, None], np.cos(3 * t) + a.sum(1)
+
+    def fun(t, y):
+        return {
+            "a": jnp.sin(t)[:, None] * y["a"] - y["b"][:, None],
+            "b": jnp.cos(3 * t) + jnp.sum(y["a"], axis=1),
+        }
+
+    h = (t1 - t0) / 6
+    a, b, slopes = np.asarray(y0["a"]), np.asarray(y0["b"]), []
+    for n in range(6):
+        t = t0 + n * h
+        slopes.append(slope(t, a, b))
+        if n < 2:
+            packed = solve_both(slope, t, t + h, a, b)
+            a, b = packed
+        else:
+            (fa2, fb2), (fa1, fb1), (fa0, fb0) = slopes[-3:]
+            a = a + h[:, None] / 12 * (23 * fa0 - 16 * fa1 + 5 * fa2)
+            b = b + h / 12 * (23 * fb0 - 16 * fb1 + 5 * fb2)
+    slopes.append(slope(t1, a, b))
+    signs = np.array([0.5, -1, 1, -1, 1, -1, 0.5])
+    y, alternating = adams_bashforth(fun, y0, t0, t1, steps=6)
+    np.testing.assert_allclose(y["a"], a, atol=2e-5)  # the first two steps are exact here, and of order 5 there
+    np.testing.assert_allclose(y["b"], b, atol=2e-5)
+    by_hand = h * sum(sign * fb for sign, (_, fb) in zip(signs, slopes, strict=True))
+    np.testing.assert_allclose(alternating["b"], by_hand, atol=2e-5)
+
+
+def solve_both(slope, t0, t1, a, b):
+    """Each row of (a, b) from its t0 to its t1 by scipy at 1e-10."""
+    rows = []
+    for i in range(len(a)):
+
+        def fun(t, y):
+            da, db = slope(np.array([t]), y[None, :-1], y[-1:])
+            return np.concatenate([da[0], db])
+
+        start = np.concatenate([a[i], b[i : i + 1]])
+        rows.append(solve_ivp(fun, (t0[i], t1[i]), start, rtol=1e-10, atol=1e-10).y[:, -1])
+    return np.stack(rows)[:, :-1], np.stack(rows)[:, -1]
+
+
+def test_an_even_grid_averages_out_what_rk45_errs_by(x64):
+    """A quadrature of 1 + sin^2(pi t) cos(w t + phase), of up to 29 waves: 50 even steps against ten of RK45."""
+    rng = np.random.default_rng(0)
+    frequency, phase = rng.uniform(100, 180, 64), rng.uniform(0, 2 * np.pi, 64)
+
+    def rate(t):
+        return 1 + np.sin(np.pi * t) ** 2 * np.cos(frequency * t + phase)
+
+    truth = np.mean(rate((np.arange(4000) / 4000)[:, None]), axis=0)  # nothing is left of the wave at the ends
+
+    def fun(t, y):
+        return 1 + jnp.square(jnp.sin(np.pi * t)) * jnp.cos(frequency * t + phase)
+
+    even, alternating = adams_bashforth(fun, jnp.zeros(64), 0.0, 1.0, steps=50)
+    y = jnp.zeros((64, 1))
+    for n in range(10):
+        t = jnp.full(64, 0.1 * n)
+        step = dormand_prince_step(lambda t, y: fun(t, y)[:, None], t, y, fun(t, y)[:, None], jnp.full(64, 0.1))
+        y = step[0]
+    error_even, error_rk = np.abs(even - truth), np.abs(y[:, 0] - truth)
+    assert np.mean(error_even) < np.mean(error_rk) / 50
+    assert np.mean(error_even) < np.mean(np.abs(alternating))
+
+
+def test_adams_bashforth_takes_the_evaluations_that_it_says(x64):
+    calls = []
+
+    def fun(t, y):
+        jax.debug.callback(lambda _: calls.append(1), t[0])
+        return -y
+
+    adams_bashforth(fun, jnp.ones((1, 2)), 0.0, 1.0, steps=10)
+    jax.effects_barrier()
+    assert len(calls) == 10 + 11
+    for steps in (2, 7):
+        with pytest.raises(UserError, match=f"even number of steps, 4 or more, not {steps}"):
+            adams_bashforth(fun, jnp.ones((1, 2)), 0.0, 1.0, steps=steps)
