@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import sysconfig
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from jax.experimental import serialize_executable
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_collections")
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 KEPT = 16  # programs; the one that was used longest ago goes first
+ABANDONED_S = 3600  # after which an unfinished file is of a process that was killed; writing one takes seconds
 
 _folder: Path | None = None
 
@@ -71,7 +73,7 @@ class Kept:
 
 def _write(path: Path, program: jax.stages.Compiled) -> None:
     """Whole or not at all; a full disk costs the file, not the run."""
-    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         payload, _, out_tree = serialize_executable.serialize(program)
         out = jax.tree.unflatten(out_tree, [0] * out_tree.num_leaves)  # a PyTreeDef of dataclasses is not pickled
@@ -79,7 +81,8 @@ def _write(path: Path, program: jax.stages.Compiled) -> None:
         temporary.write_bytes(pickle.dumps((payload, out)))
         temporary.replace(path)
         programs = sorted(path.parent.glob("*.program"), key=lambda p: p.stat().st_mtime)
-        for old in programs[:-KEPT]:
+        unfinished = [p for p in path.parent.glob("*.program.*") if p.stat().st_mtime < time.time() - ABANDONED_S]
+        for old in programs[:-KEPT] + unfinished:
             old.unlink(missing_ok=True)
     except (OSError, ValueError, TypeError, pickle.PicklingError, jax.errors.JaxRuntimeError) as error:
         logging.info("the compiled program is not kept: %s", str(error).partition("\n")[0])

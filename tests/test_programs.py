@@ -138,6 +138,17 @@ def test_the_oldest_goes_first(folder, monkeypatch):
     assert not compiled(jax.jit(step), ARGS, 2)[1]
 
 
+def test_what_a_killed_process_left_goes_and_what_is_being_written_stays(folder):
+    folder.mkdir()
+    abandoned, under_way = folder / "a.program.123", folder / "b.program.456"
+    for path in (abandoned, under_way):
+        path.write_bytes(b"unfinished")
+    os.utime(abandoned, (1, 1))
+    compiled(jax.jit(step), ARGS, None)
+    assert under_way.exists() and not abandoned.exists()
+    assert len(list(folder.glob("*.program"))) == 1
+
+
 def test_without_a_folder_nothing_is_written_and_a_file_in_its_place_does_no_harm(tmp_path, caplog):
     assert not compiled(jax.jit(step), ARGS, None)[1] and not compiled(jax.jit(step), ARGS, None)[1]
     (tmp_path / "file").touch()
