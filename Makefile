@@ -31,7 +31,7 @@ bench: .venv/run.stamp runs/bench/digits_ve.stamp runs/bench/digits_vp.stamp run
 	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_vp --config configs/digits/vp_ddpmpp.py
 	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/fashion_ve --config configs/reproduce/fashion_ve.py \
 		--batch 8 --repeats 1
-	$(BIN)/python -m benchmarks.likelihood --batch 4 --repeats 1 --no-reference
+	$(BIN)/python -m benchmarks.likelihood --batch 4 --repeats 1 --no-reference --steps 896
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.step --flags
 	$(BIN)/python -m benchmarks.step --jitted 4
