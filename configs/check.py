@@ -140,7 +140,7 @@ RULES: dict[str, Rule] = {
     "eval.atol": POSITIVE,
     "eval.max_steps": at_least(1),
     "eval.ode_solver": choice("rk45", "adams"),
-    "eval.ode_steps": Rule(lambda value: value >= 4 and value % 2 == 0, "is not an even number of 4 or more"),
+    "eval.ode_steps": Rule(lambda value: value >= 4 and value % 2 == 0, "must be an even number, 4 or more"),
     "eval.ode_variables": choice("t", "log_snr"),
     "eval.ode_data_std": POSITIVE,
     "eval.ode_lanes": at_least(0),
