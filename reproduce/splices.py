@@ -72,7 +72,7 @@ def splices(first: Path, second: Path, times: Sequence[float], num: int) -> list
         rows = []
         for unit in range(examples.num_units):
             repeat, x, index = examples.batch(unit)
-            rows.append(likelihood_fn((*copies, replicate(np.float32(time))), states, x, index, repeat)[0])
+            rows.append(likelihood_fn((*copies, replicate(np.float32(time))), states, x, index, repeat)["logp"])
         return bits_per_dim(built, np.concatenate(rows))
 
     alone = bits(np.inf)

@@ -114,6 +114,7 @@ BAD = {
     RULES["seed"].otherwise: (-1, 2**32),
     RULES["training.continuous"].otherwise: (False,),
     RULES["optim.grad_clip"].otherwise: (0.0,),
+    RULES["eval.ode_steps"].otherwise: (2, 0, -4, 191),
     RULES["eval.dataset"].otherwise: ("validation", "Test"),
     RULES["model.conv_size"].otherwise: (0, 2, -1),
     RULES["model.ch_mult"].otherwise: ((), (1, 0), (1, -2), (1.0, 2), (1, "2"), (True, 2), ((1,), 2)),

@@ -45,7 +45,7 @@ def log_likelihoods(folder, seed):
     examples = split(built[0], "test", limit=4)
     repeat, x, index = examples.batch(0)
     arrays = parts.replicate(params), parts.replicate(model_state)
-    return log_likelihood(built[0], examples.size)(*arrays, x, index, repeat)[0]
+    return log_likelihood(built[0], examples.size)(*arrays, x, index, repeat)["logp"]
 
 
 def test_at_the_ends_it_is_one_model_or_the_other(runs):
