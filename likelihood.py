@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from errors import UserError
-from ode import adams_bashforth, rk45, rk45_queue
+from ode import STARTING_EVALUATIONS, adams_bashforth, rk45, rk45_queue
 from sde_lib import SDE, batch_mul
 
 ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
@@ -143,12 +143,13 @@ def even_grid_log_likelihood(
     resolve that, or errs by it; an even grid averages it out (benchmarks/README.md, "Likelihood").
 
     Args:
-        steps: an even number, 4 or more.
+        steps: an even number, 4 or more; UserError for another.
         data_std: S of `log_snr_variables`, about the standard deviation of x.
 
     Returns:
         log p(x) in nats [B], z [B, ...], evaluations of the score [B], and by how much log p(x) would change if every
-        other evaluation were left out [B]: an estimate of its error, on average too large. What is not finite is NaN.
+        other evaluation were left out [B]: about the error that a rough score makes; a smooth one's is not in it. An
+        example that is not finite is NaN throughout.
     """
     dim = math.prod(x.shape[1:])
     flow, start, end, scales, unit = even_in_log_snr(log_snr_variables(sde, eps, data_std, dim, x.dtype))
@@ -163,8 +164,9 @@ def even_grid_log_likelihood(
     logp = log_prior + dim * jnp.log(scales[1] / scales[0]) + unit * change
     by = sde.prior_logp(z + w_by * scales[1]) - log_prior + unit * change_by
     whole = jnp.isfinite(logp) & jnp.isfinite(by)
-    nfe = jnp.full(len(x), steps + 11)
-    return jnp.where(whole, logp, jnp.nan), z, nfe, jnp.where(whole, jnp.abs(by), jnp.nan)
+    nfe = jnp.full(len(x), steps + STARTING_EVALUATIONS)
+    logp, z, error = (batch_mul(jnp.where(whole, 1, jnp.nan), value) for value in (logp, z, jnp.abs(by)))
+    return logp, z, nfe, error
 
 
 class Variables(NamedTuple):

@@ -20,6 +20,7 @@ from errors import UserError
 
 SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 10.0
 SUCCESS, STEP_LIMIT, BREAKDOWN = 0, 1, 2
+STARTING_EVALUATIONS = 11  # of `adams_bashforth`, beside one a step
 
 # Stages 2 to 7 of the tableau. The last row is b as well: stage 7 is the next step's stage 1 (FSAL).
 NODES = np.array([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])
@@ -170,9 +171,10 @@ def adams_bashforth(
 ) -> tuple[Any, Any]:
     """y(t1) of dy/dt = fun(t, y), y(t0) = y0, by the third-order Adams-Bashforth formula in even steps.
 
-    One evaluation a step, and two Dormand-Prince steps to start with: `steps` + 11 in all. For a fun that is rough in
-    t: between the ends every evaluation has the same weight, so that the error is that of an average over an even grid,
-    where each step of `rk45` gives its six evaluations the weights 0.09, 0.45, 0.65, -0.32, 0.13 and 0.
+    One evaluation a step, and two Dormand-Prince steps to start with: `steps` + STARTING_EVALUATIONS in all (Hairer et
+    al., sec. III.1). For a fun that is rough in t: between the ends every evaluation has the same weight, so that the
+    error is that of an average over an even grid, where each step of `rk45` gives its six evaluations the weights 0.09,
+    0, 0.45, 0.65, -0.32 and 0.13.
 
     Args:
         fun, y0, t0, t1: as for `rk45`.
@@ -181,7 +183,7 @@ def adams_bashforth(
     Returns:
         y(t1), and what the trapezoidal rule would add to it if every other evaluation were left out: the size of the
         error, for entries of y that fun is rough in. Both in the structure of y0. A solve that diverges is not found
-        here; the latter is then large or not finite.
+        here; the latter is then large or not finite. Raises UserError for a number of steps that is not as above.
     """
     if steps < 4 or steps % 2:
         raise UserError(f"an even grid takes an even number of steps, 4 or more, not {steps}")

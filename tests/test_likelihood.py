@@ -432,7 +432,7 @@ def test_even_grid_and_its_estimate_for_a_rough_score():
 
 
 def test_even_grid_of_a_score_that_is_not_finite():
-    logp, _, _, error = solve_even(
+    logp, z, _, error = solve_even(
         SDES["vp"], lambda x, t: jnp.where(t[:, None] > 0.5, jnp.nan, -x), jnp.ones((2, 3)), None, steps=8
     )
-    assert np.isnan(logp).all() and np.isnan(error).all()
+    assert np.isnan(logp).all() and np.isnan(z).all() and np.isnan(error).all()
