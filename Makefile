@@ -24,35 +24,8 @@ reproduce-fast: .venv/run.stamp
 reproduce: .venv/run.stamp
 	$(BIN)/python -m reproduce
 
-# Some two hours on 2 cores. The trained networks are those of the README's digits commands, and Fashion-MNIST's first
-# order of `make reproduce`; its data set is to be at hand (docs/data.md).
-bench: .venv/run.stamp runs/bench/digits_ve.stamp runs/bench/digits_vp.stamp runs/bench/fashion_ve.stamp
-	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_ve --config configs/digits/ve_ncsnpp.py
-	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/digits_vp --config configs/digits/vp_ddpmpp.py
-	$(BIN)/python -m benchmarks.likelihood --workdir runs/bench/fashion_ve --config configs/reproduce/fashion_ve.py \
-		--batch 8 --repeats 1
-	$(BIN)/python -m benchmarks.likelihood --batch 4 --repeats 1 --no-reference --steps 896
-	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.step --flags
-	$(BIN)/python -m benchmarks.step --jitted 4
-	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.input
-	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.precision --workdir runs/bench/digits_ve --config configs/digits/ve_ncsnpp.py
-	$(BIN)/python -m benchmarks.growth --out benchmarks/growth.png
-	$(BIN)/python -m benchmarks.unrolled_steps
-
-runs/bench/digits_ve.stamp: .venv/run.stamp
-	$(BIN)/python main.py --config configs/digits/ve_ncsnpp.py --workdir $(basename $@) --mode train
-	touch $@
-
-runs/bench/digits_vp.stamp: .venv/run.stamp
-	$(BIN)/python main.py --config configs/digits/vp_ddpmpp.py --workdir $(basename $@) --mode train
-	touch $@
-
-runs/bench/fashion_ve.stamp: .venv/run.stamp
-	$(BIN)/python main.py --config configs/reproduce/fashion_ve.py --workdir $(basename $@) --mode train
-	touch $@
+bench: .venv/run.stamp
+	$(BIN)/python -m benchmarks
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-dimensional convolution whose derivatives are as quick inside a loop as outside, on the CPU.
+"""Two-dimensional convolution whose derivatives are quick on the CPU, inside a loop as outside.
 
 XLA on the CPU gives a convolution to its fast kernel if images are NHWC and weights HWIO. It brings other layouts to
 that form in a program's entry computation alone (`conv_canonicalization.cc`), not in the body of a `lax.scan`; there a
 convolution of another layout takes some 90 times as long. JAX's own gradients with respect to image and weights are of
-such layouts. Here they are written as convolutions in the standard form, of arrays transposed beforehand; a barrier
-keeps XLA from folding the transposition back into the convolution (benchmarks/unrolled_steps.py).
+such layouts, and that of the weights, with an image's height and width for those of a kernel, is slow in either form.
+Here the first is written as a convolution in the standard form, of mirrored weights behind a barrier, which keeps XLA
+from folding that back into the convolution; and the second as matrix products (benchmarks/unrolled_steps.py).
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
+
+PIXELS = 4096  # of a batch that one matrix product of `_transpose_weight` sums over
 
 Image = Float[Array, "B H W C"]
 Weight = Float[Array, "k k C O"]
@@ -33,9 +37,9 @@ def conv2d(x: Image, weight: Weight, stride: int = 1, dilation: int = 1, padding
     return _conv_p.bind(x, weight, stride=stride, dilation=dilation, padding=tuple(map(tuple, padding)))
 
 
-def _convolve(x, weight, stride, dilation, padding, rhs_dilation: int = 1) -> Array:
-    strides, dilations, rhs_dilations = (stride,) * 2, (dilation,) * 2, (rhs_dilation,) * 2
-    return lax.conv_general_dilated(x, weight, strides, padding, dilations, rhs_dilations, ("NHWC", "HWIO", "NHWC"))
+def _convolve(x, weight, stride, dilation, padding) -> Array:
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, weight, (stride,) * 2, padding, (dilation,) * 2, dimension_numbers=dimensions)
 
 
 def _transpose_x(g, x, weight, *, stride, dilation, padding):
@@ -49,20 +53,47 @@ def _transpose_x(g, x, weight, *, stride, dilation, padding):
 
 
 def _transpose_weight(g, x, weight, *, stride, dilation, padding):
-    """The cotangent of the weights: x against g, the batch in the place of the channels."""
+    """The cotangent of the weights, [k k C O], of which [i, j] is x^T g with one of the two moved by i and j pixels.
+
+    With stride 1 that is g, which comes last: copies of x could be made, and held, long before.
+    """
+    rows, columns, channels, out = weight.aval.shape
+    if stride > 1:
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pads, dilation - 1) for pads in padding), (0, 0, 0)])
+        return _moved_products(g, x, rows, columns, stride).reshape(rows, out, columns, channels).transpose(0, 2, 3, 1)
     pads = []
-    for size, out, k, (low, _) in zip(x.shape[1:3], g.shape[1:3], weight.aval.shape[:2], padding, strict=True):
-        window, length = (out - 1) * stride + 1, (size - 1) * dilation + 1
-        pads.append((low, k - 1 + window - length - low))
-    x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))  # [C, H, W, B], [H2, W2, B, O]
-    return _convolve(x, g, 1, dilation, pads, rhs_dilation=stride).transpose(1, 2, 0, 3)
+    for size, length, k, (low, _) in zip(x.shape[1:3], g.shape[1:3], (rows, columns), padding, strict=True):
+        start = k - 1 - low
+        pads.append((start, dilation * (size - 1) + k - length - start, 0))
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    mirrored = _moved_products(x, g, rows, columns, dilation).reshape(rows, channels, columns, out)
+    return mirrored[::-1, :, ::-1].transpose(0, 2, 1, 3)
+
+
+def _moved_products(a: Image, b: Float[Array, "B H2 W2 O"], rows: int, columns: int, stride: int) -> Array:
+    """sum over batch and pixels p of a[p]^T b[stride p + (i, j)]: [rows, C, columns * O].
+
+    One matrix product for each i and a few examples, which is quicker than all of the batch at once.
+    """
+    batch, height, width, channels = a.shape
+    group = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * height * width <= PIXELS))
+    a = a.reshape(batch // group, group * height * width, channels)
+    moved = [lax.slice_in_dim(b, j, j + stride * (width - 1) + 1, stride, axis=2) for j in range(columns)]
+    b = lax.optimization_barrier(jnp.concatenate(moved, axis=-1))
+
+    def row(i):
+        pixels = lax.slice_in_dim(b, i, i + stride * (height - 1) + 1, stride, axis=1).reshape(*a.shape[:2], -1)
+        products = jnp.einsum("npa,npb->nab", a, pixels, preferred_element_type=jnp.promote_types(a.dtype, "float32"))
+        return jnp.sum(products, axis=0).astype(a.dtype)
+
+    return jnp.stack([row(i) for i in range(rows)])
 
 
 def _batch(args, axes, **params) -> tuple[Array, int]:
     """vmap: over images alone, a larger batch; else XLA's own rule for grouped convolutions."""
     (x, weight), (x_axis, weight_axis) = args, axes
     if weight_axis is None:
-        x = jax.numpy.moveaxis(x, x_axis, 0)
+        x = jnp.moveaxis(x, x_axis, 0)
         out = _conv_p.bind(x.reshape(-1, *x.shape[2:]), weight, **params)
         return out.reshape(*x.shape[:2], *out.shape[1:]), 0
     return jax.vmap(lambda x, weight: _convolve(x, weight, **params), axes)(x, weight), 0

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import up_or_down_sampling as resampling
-from models.layers import NIN, conv, default_init, dense
+from models.layers import NIN, conv, default_init, dense, softmax
 from models.normalization import normalize
 
 Image = Float[Array, "B H W C"]
@@ -66,7 +66,7 @@ class AttnBlockpp(nn.Module):
         batch, height, width, channels = x.shape
         h = normalize(x).reshape(batch, height * width, channels)
         q, k, v = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
-        attention = jax.nn.softmax(jnp.einsum("bic,bjc->bij", q, k) / math.sqrt(channels), axis=-1)
+        attention = softmax(jnp.einsum("bic,bjc->bij", q / math.sqrt(channels), k))
         h = NIN(channels, init_scale=self.init_scale)(jnp.einsum("bij,bjc->bic", attention, v))
         return add_skip(x, h.reshape(x.shape), self.skip_rescale)
 

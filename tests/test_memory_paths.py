@@ -89,7 +89,8 @@ def test_a_scanned_gradient_has_convolutions_of_the_fast_layout_alone():
         return lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, jax.grad(loss)(params, x)), None), params, x)[0]
 
     lines = [line for line in jit(scanned).lower(params, x).compile().as_text().splitlines() if "dim_labels" in line]
-    assert len(lines) >= 4 and all("b01f_01io->b01f" in line for line in lines)
+    # forward, and the cotangent of x and of that; those of the weights are matrix products
+    assert len(lines) >= 3 and all("b01f_01io->b01f" in line for line in lines)
 
 
 def one_step(score_fn_of_params, params, x0, sde, order, num_microbatches):
