@@ -27,6 +27,7 @@ COMMANDS = {  # name: module of this package, flags, and the network that is mea
     "step": ("step", (), None),
     "step_flags": ("step", ("--flags",), None),
     "step_jitted": ("step", ("--jitted=4",), None),
+    "breakdown": ("breakdown", (), None),
     "convolution": ("convolution", (), None),
     "convolution_shapes": ("convolution", ("--shapes",), None),
     "unrolled_steps": ("unrolled_steps", (), None),

@@ -4,9 +4,9 @@
 python -m benchmarks.convolution [--json] [--shapes]
 
 Training steps of orders 1 to 3 of the network of benchmarks.step, batch 16: same weights and batch, run in turns,
-medians of 5. JAX's own are those of `lax.conv_general_dilated` and `jax.nn.softmax`; the results differ by rounding.
-`--shapes` times instead the gradient of one convolution of 3x3 with respect to its weights, without a loop, where JAX's
-is at its best, at shapes from 8x8 with 32 channels to CIFAR-10's 32x32 with 128.
+medians of 5. JAX's are those of `lax.conv_general_dilated` and `jax.nn.softmax`; the results differ by rounding.
+`--shapes` times instead (31 turns) the gradient of one convolution of 3x3 with respect to its weights, without a loop,
+where JAX's is at its best, at shapes from 8x8 with 32 channels to CIFAR-10's 32x32 with 128.
 """
 
 from unittest import mock
@@ -30,9 +30,9 @@ def plain_conv2d(x, weight, stride: int = 1, dilation: int = 1, padding="SAME"):
     )
 
 
-def compared(programs: dict[tuple[str, str], common.Program]) -> dict[str, dict[str, float]]:
+def compared(programs: dict[tuple[str, str], common.Program], repeats: int) -> dict[str, dict[str, float]]:
     """Seconds and scratch memory of the programs (case, "ours") and (case, "jax"), and the ratio, by case."""
-    times = common.seconds(programs)
+    times = common.seconds(programs, repeats)
     return {
         case: {
             "seconds": times[case, "ours"],
@@ -81,7 +81,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--shapes", action="store_true")
     args = parser.parse_args()
-    common.report(compared(shapes() if args.shapes else steps()), args.json)
+    common.report(compared(shapes(), 31) if args.shapes else compared(steps(), 5), args.json)
 
 
 if __name__ == "__main__":
