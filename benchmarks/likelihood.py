@@ -11,8 +11,8 @@ each with those above it. Errors in bits/dim are against the same probes at 1e-7
 of a run; with them the last line is RK45 at the tolerance, tighter or looser, whose error is no larger than the
 baseline's. The even grid (eval.ode_solver=adams) takes the place of RK45 and has no tolerance.
 Without --workdir: a DDPM++ (VE: NCSN++) with nf 32, ch_mult (1, 2, 2), 2 blocks and random weights of
-init_scale 1 on 16x16x3 images. Every solve is told on stderr as it ends. The last line is the ratio; with --json one
-object.
+init_scale 1 on 16x16x3 images, which is stiff. Every solve is told on stderr as it ends. The last line is the ratio;
+with --json one object.
 """
 
 import argparse
@@ -228,7 +228,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lanes", type=int, default=0, help="of the queue; 0: half the batch")
-    parser.add_argument("--steps", type=int, default=192, help="of the even grid (eval.ode_steps)")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="of the even grid (eval.ode_steps); 0: 192, with random weights 896"
+    )
     parser.add_argument(
         "--no-reference", action="store_true", help="no errors in bits/dim, which saves the float64 run"
     )
@@ -240,7 +242,7 @@ def main() -> None:
         problem = trained_network(args.workdir, args.config, batch)
     else:
         problem = random_network(args.sde, batch)
-    solvers = levers(problem, args.lanes or max(1, batch // 2), args.steps)
+    solvers = levers(problem, args.lanes or max(1, batch // 2), args.steps or (192 if args.workdir else 896))
     baseline, *_, log_snr, _, _ = solvers
     truth = None
     if not args.no_reference:
