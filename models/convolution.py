@@ -18,8 +18,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-PIXELS = 4096  # of a batch that one matrix product of `_transpose_weight` sums over
-
 Image = Float[Array, "B H W C"]
 Weight = Float[Array, "k k C O"]
 
@@ -71,20 +69,15 @@ def _transpose_weight(g, x, weight, *, stride, dilation, padding):
 
 
 def _moved_products(a: Image, b: Float[Array, "B H2 W2 O"], rows: int, columns: int, stride: int) -> Array:
-    """sum over batch and pixels p of a[p]^T b[stride p + (i, j)]: [rows, C, columns * O].
-
-    One matrix product for each i and a few examples, which is quicker than all of the batch at once.
-    """
-    batch, height, width, channels = a.shape
-    group = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * height * width <= PIXELS))
-    a = a.reshape(batch // group, group * height * width, channels)
+    """sum over images and pixels p of a[p]^T b[stride p + (i, j)], a product for each i: [rows, C, columns * O]."""
+    _, height, width, channels = a.shape
     moved = [lax.slice_in_dim(b, j, j + stride * (width - 1) + 1, stride, axis=2) for j in range(columns)]
-    b = lax.optimization_barrier(jnp.concatenate(moved, axis=-1))
+    a, b = a.reshape(-1, channels), lax.optimization_barrier(jnp.concatenate(moved, axis=-1))
+    accumulated_in = jnp.promote_types(a.dtype, "float32")
 
     def row(i):
-        pixels = lax.slice_in_dim(b, i, i + stride * (height - 1) + 1, stride, axis=1).reshape(*a.shape[:2], -1)
-        products = jnp.einsum("npa,npb->nab", a, pixels, preferred_element_type=jnp.promote_types(a.dtype, "float32"))
-        return jnp.sum(products, axis=0).astype(a.dtype)
+        pixels = lax.slice_in_dim(b, i, i + stride * (height - 1) + 1, stride, axis=1).reshape(len(a), -1)
+        return jnp.einsum("pa,pb->ab", a, pixels, preferred_element_type=accumulated_in).astype(a.dtype)
 
     return jnp.stack([row(i) for i in range(rows)])
 

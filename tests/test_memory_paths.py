@@ -2,7 +2,6 @@
 """What saves time and memory changes no number: the convolution's own derivatives, micro-batches, remat, bfloat16."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from test_models import random_params, tiny_config
 import losses
 import sde_lib
 from configs.default_configs import get_default_configs
-from models import convolution, create_model
+from models import create_model
 from models.convolution import conv2d
 from models.layers import conv, softmax
 from models.score import get_score_fn
@@ -75,25 +74,6 @@ def test_derivatives_of_the_convolution_against_jax(size, kernel, stride, dilati
     batched = jax.vmap(ours, (0, None))(many, w), jax.vmap(ours, (None, 0))(x, jnp.stack([w, dw]))
     wanted = jax.vmap(reference, (0, None))(many, w), jax.vmap(reference, (None, 0))(x, jnp.stack([w, dw]))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), batched, wanted)
-
-
-@pytest.mark.parametrize(("pixels", "groups"), [(16, 6), (39, 6), (40, 3), (63, 2), (1000, 1)])
-def test_weight_gradients_are_summed_over_groups_of_whole_examples(monkeypatch, pixels, groups):
-    """Six images of 4x5: as JAX's own, whatever part of the batch a product takes; one of more pixels is not split."""
-    monkeypatch.setattr(convolution, "PIXELS", pixels)
-    rng = np.random.default_rng(0)
-    x, g = jnp.asarray(rng.normal(size=(6, 4, 5, 3))), jnp.asarray(rng.normal(size=(6, 4, 5, 2)))
-    w = jnp.asarray(rng.normal(size=(3, 3, 3, 2)))
-
-    def gradient(convolve):
-        return lambda w: jax.vjp(lambda w: convolve(x, w), w)[1](g)[0]
-
-    def reference(x, w):
-        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    np.testing.assert_allclose(jit(gradient(conv2d))(w), jit(gradient(reference))(w), rtol=1e-12)
-    products = re.findall(r"f64\[(\d+),3,6\] = dot_general", str(jax.make_jaxpr(gradient(conv2d))(w)))
-    assert products == [str(groups)] * 3
 
 
 def test_softmax_and_its_derivatives_are_those_of_jax():
