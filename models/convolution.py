@@ -6,7 +6,8 @@ that form in a program's entry computation alone (`conv_canonicalization.cc`), n
 convolution of another layout takes some 90 times as long. JAX's own gradients with respect to image and weights are of
 such layouts, and that of the weights, with an image's height and width for those of a kernel, is slow in either form.
 Here the first is written as a convolution in the standard form, of mirrored weights behind a barrier, which keeps XLA
-from folding that back into the convolution; and the second as matrix products (benchmarks/unrolled_steps.py).
+from folding that back into the convolution; and the second as matrix products (benchmarks/convolution.py,
+benchmarks/unrolled_steps.py).
 """
 
 from typing import Any
