@@ -22,6 +22,7 @@ from sde_lib import SDE, batch_mul
 
 ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 Batch = Float[Array, "B *shape"]
+Probes = Float[Array, "P B *shape"]
 PerExample = Float[Array, "B"]
 Curve = Float[Array, "K B"] | PerExample  # at K times, or at one
 
@@ -34,6 +35,11 @@ class FisherCurves(NamedTuple):
     nats (half their mean over data, integrated over t, is a Fisher divergence as it stands in the bounds), and those of
     the divergence and its gradient in nats / (unit of x)^2 and nats / (unit of x)^4, all per unit of time.
     The fields with `true` are None where no true score was given.
+
+    A probe's noise is in s_ode, in J and in the gradient: the expectation over one probe of the five curves that depend
+    on it is the distance plus the variance of its estimate, which for images may be many times as large. Products of
+    the residuals of two probes have no such term. So with P probes a curve is their mean over all pairs, without bias
+    (and, where the distance is small, sometimes below 0).
     """
 
     score_ode: Curve  # g^2 |s - s_ode|^2
@@ -49,7 +55,7 @@ def fisher_curves(
     sde: SDE,
     score_fn: ScoreFn,
     x: Batch,
-    probe: Batch | None,
+    probe: Batch | Probes | None,
     times: Float[Array, "K"],
     *,
     rtol: float = 1e-5,
@@ -65,7 +71,8 @@ def fisher_curves(
     `likelihood.ode_log_likelihood` gives with that probe.
 
     Args:
-        probe: v; None takes the exact trace, with D tangents, for small D only.
+        probe: v [B, ...]; P >= 2 of them [P, B, ...] for curves without the bias of one, P times the work; None takes
+            the exact trace, with D tangents, for small D only.
         times: rising, in (0, T]. The solver starts anew in each interval, at no less than 8 evaluations.
         rtol, atol, max_steps: of `ode.rk45`, the limit for each interval; one step size an example.
         true_score: score of the marginal at t of the data under the SDE, see `gaussian_mixture_score`.
@@ -74,6 +81,8 @@ def fisher_curves(
         Curves [K, B]. An example that the solver gave up on is NaN at all times. No gradient of parameters.
     """
     times = times.astype(x.dtype)
+    num_probes = probe.shape[0] if probe is not None and probe.ndim > x.ndim else 1
+    probe = probe if probe is None else probe.reshape(-1, *x.shape[1:])  # probe by probe, as `tile` makes x
 
     def forward(t, x):
         return batch_mul(sde.drift_coefficient(t), x) - batch_mul(0.5 * sde.diffusion_sq(t), score_fn(x, t))
@@ -83,12 +92,15 @@ def fisher_curves(
         flow = partial(ode_score_flow, sde, score_fn, probe)
         (x, ode_score), _ = rk45(flow, state, start, end, rtol=rtol, atol=atol, max_steps=max_steps)
         t = jnp.broadcast_to(end, x.shape[:1])
-        return (x, ode_score), compare_scores(sde, score_fn, x, ode_score, t, probe, true_score)
+        curves = compare_scores(sde, score_fn, x, ode_score, t, probe, true_score, num_probes=num_probes)
+        return (x, ode_score), curves
 
     end, _ = rk45(forward, x, times[0], sde.T, rtol=rtol, atol=atol, max_steps=max_steps)
+    end = jnp.tile(end, (num_probes, *[1] * (x.ndim - 1)))
     starts = jnp.append(times[1:], jnp.asarray(sde.T, x.dtype))
     (x0, _), curves = jax.lax.scan(interval, (end, -end / sde.prior_std**2), (starts, times), reverse=True)
-    failed = jnp.isnan(x0.reshape(x.shape[0], -1)[:, 0])  # rk45 makes a failed example NaN throughout, and it stays so
+    # rk45 makes a failed example NaN throughout, and it stays so
+    failed = jnp.isnan(x0.reshape(num_probes, x.shape[0], -1)[..., 0]).any(axis=0)
     return jax.tree.map(lambda curve: jnp.where(failed, jnp.nan, curve), curves)
 
 
@@ -110,14 +122,24 @@ def compare_scores(
     t: PerExample,
     probe: Batch | None,
     true_score: ScoreFn | None = None,
+    *,
+    num_probes: int = 1,
 ) -> FisherCurves:
-    """One point [B] of each curve: the distances at x, where the density of the ODE has the score `ode_score`."""
+    """One point of each curve: the distances at x, where the density of the ODE has the score `ode_score`.
+
+    With num_probes = P > 1 the first axis of all holds the examples P times, once with each probe; the result has each
+    example once, its distances free of the probes' variance (see `FisherCurves`).
+    """
     score, divergence, grad_divergence = _pull_back(score_fn, x, t, probe, jnp.zeros_like(x))
     sigma_sq, g_sq = jnp.square(sde.sigma(t)), sde.diffusion_sq(t)
     normal = -batch_mul(1 / sigma_sq, x)
 
     def distance(a, b):
-        return g_sq * jnp.sum(jnp.square(a - b).reshape(x.shape[0], -1), axis=-1)
+        residuals = (a - b).reshape(num_probes, x.shape[0] // num_probes, -1)
+        squares = jnp.sum(jnp.square(residuals), axis=(0, 2))
+        if num_probes > 1:
+            squares = jnp.sum(jnp.square(jnp.sum(residuals, axis=0)), axis=1) - squares  # the pairs of two
+        return g_sq[: len(squares)] * squares / max(1, num_probes * (num_probes - 1))
 
     truth = None if true_score is None else true_score(x, t)
     return FisherCurves(

@@ -36,7 +36,7 @@ COMMANDS = {  # name: module of this package, flags, and the network that is mea
     "likelihood_digits_ve": ("likelihood", ("--repeats=3",), "digits_ve"),
     "likelihood_digits_vp": ("likelihood", ("--repeats=3",), "digits_vp"),
     "likelihood_fashion_ve": ("likelihood", ("--batch=8", "--repeats=1", "--steps=160"), "fashion_ve"),
-    "likelihood_random": ("likelihood", ("--batch=4", "--repeats=1"), None),
+    "likelihood_random": ("likelihood", ("--ends", "--repeats=1"), None),
     "precision": ("precision", (), "digits_ve"),
     "memory": ("memory", (), None),
     "growth": ("growth", ("--out=benchmarks/growth.png",), None),

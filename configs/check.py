@@ -147,6 +147,7 @@ RULES: dict[str, Rule] = {
     "eval.bound_num_times": at_least(1),
     "eval.fisher_num_times": at_least(2),
     "eval.fisher_num_examples": at_least(0),
+    "eval.fisher_num_probes": at_least(1),
     "eval.inception_path": ANY,
     "eval.inception_batch_size": at_least(1),
     "eval.stats_path": ANY,
@@ -292,6 +293,7 @@ def _eval_conflicts(c: dict[str, Any]) -> Iterator[str]:
     if c["eval.enable_sampling"] and c["eval.num_samples"] < 1:
         pair = _pair(c, "eval.num_samples", "eval.enable_sampling")
         yield f"{pair}: raise eval.num_samples or set eval.enable_sampling=False"
-    if c["eval.num_probes"] > 1 and c["eval.hutchinson_type"] == "exact":
-        pair = _pair(c, "eval.num_probes", "eval.hutchinson_type")
-        yield f"{pair}: an exact trace has no probe; set eval.num_probes=1 or eval.hutchinson_type=rademacher"
+    for key in ("eval.num_probes", "eval.fisher_num_probes"):
+        if c[key] > 1 and c["eval.hutchinson_type"] == "exact":
+            pair = _pair(c, key, "eval.hutchinson_type")
+            yield f"{pair}: an exact trace has no probe; set {key}=1 or eval.hutchinson_type=rademacher"

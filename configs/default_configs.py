@@ -144,6 +144,7 @@ def get_default_configs() -> ConfigDict:
     evaluate.dequantizer = False  # variational dequantisation, by what --mode train_deq made
     evaluate.fisher_num_times = 100
     evaluate.fisher_num_examples = 256  # of the test split; 0: all
+    evaluate.fisher_num_probes = 1  # 2 or more: distances without a probe's variance
     evaluate.inception_path = ""  # SavedModel folder of the features; empty: TF-Hub's tfgan/eval/inception/1
     evaluate.inception_batch_size = 100
     evaluate.stats_path = ""  # file of the data's statistics; empty: assets/stats/<dataset>_stats.npz

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`eval.enable_fisher`: how far score, score of the ODE's own density and normal score are apart along the ODE."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from evaluators.context import Context, Evaluator, per_example, settings_of, spl
 from evaluators.dequantized import Dequantizer
 from parts import Parts
 
-_SETTINGS = ("hutchinson_type", "rtol", "atol", "max_steps", "fisher_num_times")
+_SETTINGS = ("hutchinson_type", "rtol", "atol", "max_steps", "fisher_num_times", "fisher_num_probes")
 
 
 def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
@@ -24,11 +25,16 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
     mixture = parts.dataset.mixture
     true_score = None if mixture is None else diagnostics.gaussian_mixture_score(parts.sde, *mixture)
 
+    def probes_of(shape, index):
+        key, count = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), index), config.fisher_num_probes
+        keys = jax.random.split(key, count) if count > 1 else key[None]
+        return jax.vmap(lambda key: likelihood.probe(key, shape, config.hutchinson_type))(keys)
+
     def curves_of(params, model_state, x, index):
         probe = None
         if config.hutchinson_type != "exact":
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.PRNGKey(parts.config.seed), index)
-            probe = jax.vmap(lambda key: likelihood.probe(key, x.shape[1:], config.hutchinson_type))(keys)
+            probe = jax.vmap(functools.partial(probes_of, x.shape[1:]), out_axes=1)(index)  # [P, b, ...]
+            probe = probe[0] if config.fisher_num_probes == 1 else probe
         score_fn = parts.score_fn(params, model_state)
         curves = diagnostics.fisher_curves(
             parts.sde, score_fn, x, probe, jnp.asarray(times), true_score=true_score, **solver

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes are checked in the tests: jaxtyping's annotations, by beartype, on every module of the project."""
 
+import json
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
+import numpy as np
+import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = [
@@ -37,3 +40,27 @@ install_import_hook(CHECKED, "beartype.beartype")
 # Compile time rules the tests' time: a second run finds most programs here.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def untrained_pair(tmp_path_factory):
+    """Workdirs of two untrained networks on the mixture."""
+    import checkpoints
+    import parts
+    from configs.toy import mog_ve
+
+    folders = []
+    for seed in (0, 1):
+        config = mog_ve.get_config()
+        config.seed = seed
+        config.model.nf = 8
+        config.eval.update(rtol=1e-4, atol=1e-4, batch_size=4)
+        folder = tmp_path_factory.mktemp("runs") / f"seed{seed}"
+        state = jax.device_get(parts.build(config).init_state())
+        leaves, tree = jax.tree.flatten(state.ema_params)
+        rng = np.random.default_rng(seed)
+        noisy = state.replace(ema_params=tree.unflatten([p + 0.3 * rng.normal(size=p.shape) for p in leaves]))
+        checkpoints.save(folder / "checkpoints", noisy, 1, {"config": config.to_dict()})
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        folders.append(folder)
+    return folders

@@ -67,6 +67,7 @@ ALLOWED = {
     "reproduce.restored": LOW | MIDDLE | {"parts"},
     "reproduce.pictures": LOW | MIDDLE | {"parts", "reproduce.restored"} | PLOTS,
     "reproduce.splices": LOW | MIDDLE | {"parts", "evaluators", "reproduce.restored"} | PLOTS,
+    "reproduce.gaps": LOW | MIDDLE | {"reproduce.restored", "reproduce.splices"} | PLOTS,
 }
 PURE = {"losses", "likelihood", "sampling", "sde_lib", "ode", "diagnostics", "dequantization", "fokker_planck"}
 

@@ -191,6 +191,7 @@ CONFLICTS = [  # what sets the scene and passes, what is then in conflict and is
     ({}, {"eval.begin_ckpt": 4, "eval.end_ckpt": 3}, "give 1 <= begin <= end"),
     ({}, {"eval.enable_sampling": True, "eval.num_samples": 0}, "raise eval.num_samples"),
     ({}, {"eval.num_probes": 2, "eval.hutchinson_type": "exact"}, "set eval.num_probes=1"),
+    ({}, {"eval.fisher_num_probes": 2, "eval.hutchinson_type": "exact"}, "set eval.fisher_num_probes=1"),
 ]
 
 

@@ -122,6 +122,22 @@ def brute_force_ode_score(sde, score_fn, probe, steps=400):
     return jax.grad(logp)
 
 
+@pytest.mark.parametrize("name", ["vp", "subvp"])
+def test_pairs_of_probes_have_no_bias(name):
+    """In two dimensions v . J v takes two values, so four examples hold every pair of Rademacher probes once."""
+    sde, score_fn = SDES[name], mlp(jax.random.key(3), 2)
+    x = jnp.tile(jax.random.normal(jax.random.key(0), (1, 2)), (4, 1))
+    first, second = jnp.array([[1.0, 1], [1, 1], [1, -1], [1, -1]]), jnp.array([[1.0, 1], [1, -1], [1, 1], [1, -1]])
+    run = functools.partial(curves_of, sde, score_fn, x, rtol=1e-6, atol=1e-6, true_score=lambda x, t: -x)
+    exact, single, pairs = run(None), run(first), run(jnp.stack([first, second]))
+    for field, truth, one, two in zip(FisherCurves._fields, exact, single, pairs, strict=True):
+        np.testing.assert_allclose(
+            two.mean(axis=1), truth[:, 0], rtol=2e-4, atol=1e-6 * float(truth.max()), err_msg=field
+        )
+        of_score = field in ("score_normal", "score_true")
+        assert np.any(one.mean(axis=1) > 1.001 * truth[:, 0]) != of_score, field
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve"])
 def test_ode_score_is_the_gradient_of_the_log_likelihood(name, exact):

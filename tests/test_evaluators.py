@@ -179,6 +179,13 @@ def test_fisher_curves_of_an_exact_score(gaussian):
     assert saved["times"].shape == (5,)
     assert np.all(saved["score_ode"] < 1e-3 * (1 + saved["score_normal"]))
     assert np.all(saved["grad_divergence_normal"] < 1e-4) and np.all(saved["divergence_normal"][1:] > 0)
+    single = dict(saved)
+    parts.config.eval.fisher_num_probes = 2
+    EVALUATORS["enable_fisher"](parts, uniform())(context)
+    pairs = np.load(context.file("fisher"))
+    for name in ("score_normal", "divergence_normal"):  # the same, as a Rademacher probe gives the trace of c I exactly
+        np.testing.assert_allclose(pairs[name], single[name], rtol=1e-3)
+    assert any(not np.array_equal(pairs[name], single[name]) for name in single)
 
 
 def test_results_do_not_depend_on_the_batch(gaussian):

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""At which noise a model's score is not that of its ODE's density: what orders 2 and 3 are there to mend.
+
+python -m reproduce.gaps [--workdir runs/reproduce] [--only vp,ve] [--num 16] [--probes 8] [--out assets/reproduce]
+
+Takes the pairs of `reproduce.splices`: orders 1 and 2 from the same first-order model of the digits. Half the weighted
+squared distance g² |s - s_ode|², in nats a unit of log noise, at levels of noise even in its logarithm; from
+several probes an image, so that their variance is not in it (`diagnostics.FisherCurves`). Noise is sigma / alpha in
+units of the pixels' range, to compare VE and VP. Numbers and picture go to `digits_gaps.json` and `.png`; pairs that
+were not asked for stay in them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+
+import datasets
+import diagnostics
+import evaluation
+import likelihood
+from errors import UserError
+from plots.canvas import PALETTE, STYLE, panels, plus_minus, png
+from reproduce.restored import restored
+from reproduce.splices import PAIRS, STUDY
+from sde_lib import SDE
+
+NOISE = tuple(float(level) for level in np.geomspace(0.006, 2.0, 12))
+
+
+def times_of(sde: SDE, noise: tuple[float, ...], pixel_range: float) -> tuple[jax.Array, jax.Array]:
+    """The times [K] of these levels of noise, and dt / d log(noise) [K] there."""
+    level = jnp.asarray(noise, jnp.float32) * pixel_range
+    times = sde.time_at_log_snr(-2 * jnp.log(level))
+    slope = jax.vmap(jax.grad(lambda t: -0.5 * sde.log_snr(t)))(times)
+    return times, 1 / slope
+
+
+def gaps(folder: Path, noise: tuple[float, ...], num: int, num_probes: int) -> np.ndarray:
+    """Half the squared distances [N, K], nats a unit of log noise, of the run's newest model on `num` test images.
+
+    The images, their dequantisation and the probes are functions of the config's seed. UserError: the run has no
+    checkpoint, or the solver gave up on an image.
+    """
+    built, params, model_state = restored(folder)
+    config = built.config
+    x = jnp.asarray(datasets.eval_batch(built.dataset, config.data, "test", np.arange(num), seed=config.seed, repeat=0))
+    keys = jax.random.split(jax.random.PRNGKey(config.seed), num_probes)
+    probes = jax.vmap(lambda key: likelihood.probe(key, x.shape, config.eval.hutchinson_type))(keys)
+    times, slope = times_of(built.sde, noise, 2.0 if config.data.centered else 1.0)
+
+    @jax.jit
+    def curves(params, model_state, x, probes):
+        score_fn = built.score_fn(params, model_state)
+        solver = {"rtol": config.eval.rtol, "atol": config.eval.atol, "max_steps": config.eval.max_steps}
+        return diagnostics.fisher_curves(built.sde, score_fn, x, probes, times, **solver).score_ode
+
+    found = np.asarray(0.5 * slope[:, None] * curves(params, model_state, x, probes), np.float64).T
+    if failed := np.flatnonzero(~np.isfinite(found).all(axis=1)).tolist():
+        raise UserError(f"{folder}: the solver gave up on images {failed}: raise eval.max_steps in its config.json")
+    return found
+
+
+def integral(curves: np.ndarray, noise: tuple[float, ...]) -> np.ndarray:
+    """[N, K] -> [N], over log noise, nats."""
+    return np.trapezoid(curves, np.log(noise), axis=1)
+
+
+def compared(first: Path, second: Path, noise: tuple[float, ...], num: int, num_probes: int) -> dict[str, Any]:
+    """Curves and integrals of either model, and the first's integral less the second's; ± over images."""
+    both = [gaps(folder, noise, num, num_probes) for folder in (first, second)]
+    result: dict[str, Any] = {"noise": list(noise), "num_probes": num_probes}
+    for name, curves in zip(("first", "second"), both, strict=True):
+        points = [evaluation.mean_and_stderr(column[None]) for column in curves.T]
+        result[name] = {key: [point[key] for point in points] for key in ("mean", "stderr")}
+        result[name]["integral"] = evaluation.mean_and_stderr(integral(curves, noise)[None])
+    result["first minus second"] = evaluation.mean_and_stderr(integral(both[0] - both[1], noise)[None])
+    return result
+
+
+@mpl.rc_context(STYLE)
+def picture(pairs: dict[str, dict[str, Any]]) -> bytes:
+    """The curves of both orders of each pair, against the noise; what is not above zero is left out."""
+    figure, ((axis,),) = panels(1, 1, 6.4, 3.8)
+    for color, (name, pair) in zip(PALETTE, pairs.items(), strict=False):
+        for order, model, line in ((1, "first", "-"), (2, "second", "--")):
+            mean, error = (np.asarray(pair[model][key]) for key in ("mean", "stderr"))
+            mean = np.where(mean > 0, mean, np.nan)
+            axis.errorbar(
+                pair["noise"],
+                mean,
+                error,
+                color=color,
+                ls=line,
+                lw=1.2,
+                capsize=2,
+                label=f"{PAIRS[name][2]}: order {order}",
+            )
+    axis.set(xscale="log", yscale="log", xlabel="noise, in units of the pixels' range")
+    axis.set(ylabel="½ g² |s - ∇log q|², nats / log noise")
+    axis.legend(fontsize="small")
+    return png(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m reproduce.gaps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--out", type=Path, default=Path("assets/reproduce"), help="folder of numbers and picture")
+    parser.add_argument("--only", default=",".join(PAIRS), help="of the pairs, with commas between them")
+    parser.add_argument("--num", type=int, default=16, help="test images")
+    parser.add_argument("--probes", type=int, default=8, help="of an image")
+    args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in PAIRS]:
+        parser.error(f"no pair {', '.join(unknown)}; there are {', '.join(PAIRS)}")
+    if args.num < 2 or args.probes < 2:
+        parser.error(f"--num {args.num} --probes {args.probes}: two at least of either")
+    path = args.out / "digits_gaps.json"
+    found = json.loads(path.read_text())["pairs"] if path.exists() else {}
+    for name in names:
+        first, second, title = PAIRS[name]
+        study = args.workdir / STUDY
+        found[name] = compared(study / f"{first}_seed0", study / f"{second}_seed0", NOISE, args.num, args.probes)
+        for label, value in (
+            ("order 1", found[name]["first"]["integral"]),
+            ("order 2", found[name]["second"]["integral"]),
+            ("order 1 minus 2", found[name]["first minus second"]),
+        ):
+            print(f"{title}, {label}: {plus_minus(value['mean'], value['stderr'])} nats", flush=True)
+    found = {name: found[name] for name in PAIRS if name in found}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"pairs": found}, indent=1) + "\n")
+    path.with_suffix(".png").write_bytes(picture(found))
+    print(f"{path}\n{path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
