@@ -73,14 +73,13 @@ def integral(curves: np.ndarray, noise: tuple[float, ...]) -> np.ndarray:
 
 
 def compared(first: Path, second: Path, noise: tuple[float, ...], num: int, num_probes: int) -> dict[str, Any]:
-    """Curves and integrals of either model, and the first's integral less the second's; ± over images."""
-    both = [gaps(folder, noise, num, num_probes) for folder in (first, second)]
+    """Curves and integrals of either model, and of the first's less the second's image by image; ± over images."""
+    one, two = (gaps(folder, noise, num, num_probes) for folder in (first, second))
     result: dict[str, Any] = {"noise": list(noise), "num_probes": num_probes}
-    for name, curves in zip(("first", "second"), both, strict=True):
+    for name, curves in (("first", one), ("second", two), ("first minus second", one - two)):
         points = [evaluation.mean_and_stderr(column[None]) for column in curves.T]
         result[name] = {key: [point[key] for point in points] for key in ("mean", "stderr")}
         result[name]["integral"] = evaluation.mean_and_stderr(integral(curves, noise)[None])
-    result["first minus second"] = evaluation.mean_and_stderr(integral(both[0] - both[1], noise)[None])
     return result
 
 
@@ -129,11 +128,8 @@ def main() -> None:
         first, second, title = PAIRS[name]
         study = args.workdir / STUDY
         found[name] = compared(study / f"{first}_seed0", study / f"{second}_seed0", NOISE, args.num, args.probes)
-        for label, value in (
-            ("order 1", found[name]["first"]["integral"]),
-            ("order 2", found[name]["second"]["integral"]),
-            ("order 1 minus 2", found[name]["first minus second"]),
-        ):
+        for label, key in (("order 1", "first"), ("order 2", "second"), ("order 1 minus 2", "first minus second")):
+            value = found[name][key]["integral"]
             print(f"{title}, {label}: {plus_minus(value['mean'], value['stderr'])} nats", flush=True)
     found = {name: found[name] for name in PAIRS if name in found}
     args.out.mkdir(parents=True, exist_ok=True)

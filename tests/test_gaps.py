@@ -77,6 +77,7 @@ def test_models_are_compared_image_by_image(untrained_pair, tmp_path, monkeypatc
     width = np.log(NOISE[1] / NOISE[0]), np.log(NOISE[2] / NOISE[1])
     d = one - two
     areas = width[0] * (d[:, 0] + d[:, 1]) / 2 + width[1] * (d[:, 1] + d[:, 2]) / 2
-    difference = result["vp"]["first minus second"]
+    np.testing.assert_allclose(result["vp"]["first minus second"]["mean"], d.mean(axis=0), rtol=1e-4)
+    difference = result["vp"]["first minus second"]["integral"]
     np.testing.assert_allclose(difference["mean"], areas.mean(), rtol=1e-4)
     np.testing.assert_allclose(difference["stderr"], areas.std(ddof=1) / np.sqrt(3), rtol=1e-4)
