@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lanes", type=int, default=0, help="of the queue; 0: half the batch")
     parser.add_argument(
-        "--steps", type=int, default=0, help="of the even grid (eval.ode_steps); 0: 192, with random weights 896"
+        "--steps", type=int, default=0, help="of the even grid (eval.ode_steps); 0: 192, with random weights 1280"
     )
     parser.add_argument(
         "--no-reference", action="store_true", help="no errors in bits/dim, which saves the float64 run"
@@ -264,7 +264,7 @@ def main() -> None:
         problem = trained_network(args.workdir, args.config, batch)
     else:
         problem = random_network(args.sde, batch)
-    makers = levers(args.lanes or max(1, batch // 2), args.steps or (192 if args.workdir else 896))
+    makers = levers(args.lanes or max(1, batch // 2), args.steps or (192 if args.workdir else 1280))
     *_, even_grid = makers
     names = (BASELINE, even_grid) if args.ends else tuple(makers)
     solvers = {name: makers[name](problem) for name in names}
