@@ -3,15 +3,13 @@
 
 python -m reproduce.gaps [--workdir runs/reproduce] [--only vp,ve] [--num 16] [--probes 8] [--out assets/reproduce]
 
-Takes the pairs of `reproduce.splices`: orders 1 and 2 from the same first-order model of the digits. Half the weighted
+Takes the pairs of `reproduce.pairs`: orders 1 and 2 from the same first-order model of the digits. Half the weighted
 squared distance g² |s - s_ode|², in nats a unit of log noise, at levels of noise even in its logarithm; from
 several probes an image, so that their variance is not in it (`diagnostics.FisherCurves`). Noise is sigma / alpha in
 units of the pixels' range, to compare VE and VP. Numbers and picture go to `digits_gaps.json` and `.png`; pairs that
 were not asked for stay in them.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,8 @@ import evaluation
 import likelihood
 from errors import UserError
 from plots.canvas import PALETTE, STYLE, panels, plus_minus, png
+from reproduce import pairs
 from reproduce.restored import restored
-from reproduce.splices import PAIRS, STUDY
 from sde_lib import SDE
 
 NOISE = tuple(float(level) for level in np.geomspace(0.006, 2.0, 12))
@@ -84,10 +82,10 @@ def compared(first: Path, second: Path, noise: tuple[float, ...], num: int, num_
 
 
 @mpl.rc_context(STYLE)
-def picture(pairs: dict[str, dict[str, Any]]) -> bytes:
+def picture(found: dict[str, dict[str, Any]]) -> bytes:
     """The curves of both orders of each pair, against the noise; what is not above zero is left out."""
     figure, ((axis,),) = panels(1, 1, 6.4, 3.8)
-    for color, (name, pair) in zip(PALETTE, pairs.items(), strict=False):
+    for color, (name, pair) in zip(PALETTE, found.items(), strict=False):
         for order, model, line in ((1, "first", "-"), (2, "second", "--")):
             mean, error = (np.asarray(pair[model][key]) for key in ("mean", "stderr"))
             mean = np.where(mean > 0, mean, np.nan)
@@ -99,7 +97,7 @@ def picture(pairs: dict[str, dict[str, Any]]) -> bytes:
                 ls=line,
                 lw=1.2,
                 capsize=2,
-                label=f"{PAIRS[name][2]}: order {order}",
+                label=f"{pairs.PAIRS[name][2]}: order {order}",
             )
     axis.set(xscale="log", yscale="log", xlabel="noise, in units of the pixels' range")
     axis.set(ylabel="½ g² |s - ∇log q|², nats / log noise")
@@ -108,34 +106,19 @@ def picture(pairs: dict[str, dict[str, Any]]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m reproduce.gaps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--out", type=Path, default=Path("assets/reproduce"), help="folder of numbers and picture")
-    parser.add_argument("--only", default=",".join(PAIRS), help="of the pairs, with commas between them")
-    parser.add_argument("--num", type=int, default=16, help="test images")
+    parser = pairs.parser("python -m reproduce.gaps", __doc__, 16)
     parser.add_argument("--probes", type=int, default=8, help="of an image")
     args = parser.parse_args()
-    names = args.only.split(",")
-    if unknown := [name for name in names if name not in PAIRS]:
-        parser.error(f"no pair {', '.join(unknown)}; there are {', '.join(PAIRS)}")
     if args.num < 2 or args.probes < 2:
         parser.error(f"--num {args.num} --probes {args.probes}: two at least of either")
-    path = args.out / "digits_gaps.json"
-    found = json.loads(path.read_text())["pairs"] if path.exists() else {}
-    for name in names:
-        first, second, title = PAIRS[name]
-        study = args.workdir / STUDY
-        found[name] = compared(study / f"{first}_seed0", study / f"{second}_seed0", NOISE, args.num, args.probes)
+    found = {}
+    for name in args.only:
+        found[name] = compared(*pairs.workdirs(args.workdir, name), NOISE, args.num, args.probes)
         for label, key in (("order 1", "first"), ("order 2", "second"), ("order 1 minus 2", "first minus second")):
             value = found[name][key]["integral"]
+            title = pairs.PAIRS[name][2]
             print(f"{title}, {label}: {plus_minus(value['mean'], value['stderr'])} nats", flush=True)
-    found = {name: found[name] for name in PAIRS if name in found}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"pairs": found}, indent=1) + "\n")
-    path.with_suffix(".png").write_bytes(picture(found))
-    print(f"{path}\n{path.with_suffix('.png')}")
+    pairs.write(args.out / "digits_gaps.json", found, picture)
 
 
 if __name__ == "__main__":

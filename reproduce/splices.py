@@ -9,8 +9,6 @@ test images and probes, are what order 2 costs from that time on. Numbers and pi
 `.png`; pairs that were not asked for stay in them.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,14 +26,9 @@ from evaluators.likelihood import bits_per_dim, log_likelihood
 from models.score import ScoreFn
 from parts import Parts, replicate
 from plots.canvas import PALETTE, STYLE, panels, plus_minus, png
+from reproduce import pairs
 from reproduce.restored import restored
 
-STUDY = "digits_study"
-PAIRS = {
-    "ve": ("order1_long", "order2_long", "VE, 2,000 steps"),
-    "vp": ("order1_vp_long", "order2_vp_long", "VP, 2,000 steps"),
-    "vp_importance": ("order1_vp_importance", "order2_vp_importance", "VP, 500 steps, times for likelihood"),
-}
 TIMES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6)
 
 
@@ -88,14 +81,14 @@ def splices(first: Path, second: Path, times: Sequence[float], num: int) -> list
 
 
 @mpl.rc_context(STYLE)
-def picture(pairs: dict[str, list[dict[str, Any]]]) -> bytes:
+def picture(found: dict[str, list[dict[str, Any]]]) -> bytes:
     """Differences against the time; t = 0, the second model alone, at the left end."""
     figure, ((axis,),) = panels(1, 1, 6.4, 3.6)
-    for color, (name, rows) in zip(PALETTE, pairs.items(), strict=False):
+    for color, (name, rows) in zip(PALETTE, found.items(), strict=False):
         rows = [row for row in rows if row["time"] is not None]
         x = [row["time"] or 1e-5 for row in rows]
         mean, error = ([row["minus the first"][key] for row in rows] for key in ("mean", "stderr"))
-        axis.errorbar(x, mean, error, color=color, marker="o", ms=3, lw=1.2, capsize=2, label=PAIRS[name][2])
+        axis.errorbar(x, mean, error, color=color, marker="o", ms=3, lw=1.2, capsize=2, label=pairs.PAIRS[name][2])
     axis.axhline(0, color="black", lw=0.8)
     axis.set(xscale="log", xlabel="time from which the score is order 2's (left: all)")
     axis.set(ylabel="bits/dim less order 1's")
@@ -104,31 +97,15 @@ def picture(pairs: dict[str, list[dict[str, Any]]]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m reproduce.splices", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--out", type=Path, default=Path("assets/reproduce"), help="folder of numbers and picture")
-    parser.add_argument("--only", default=",".join(PAIRS), help="of the pairs, with commas between them")
-    parser.add_argument("--num", type=int, default=64, help="test images")
+    parser = pairs.parser("python -m reproduce.splices", __doc__, 64)
     args = parser.parse_args()
-    names = args.only.split(",")
-    if unknown := [name for name in names if name not in PAIRS]:
-        parser.error(f"no pair {', '.join(unknown)}; there are {', '.join(PAIRS)}")
     if args.num < 2:
         parser.error(f"--num {args.num}: a standard error needs two images")
-    path = args.out / "digits_splices.json"
-    found = json.loads(path.read_text())["pairs"] if path.exists() else {}
-    for name in names:
-        first, second, title = PAIRS[name]
-        print(f"{title}: time, bits/dim, less order 1's", flush=True)
-        study = args.workdir / STUDY
-        found[name] = splices(study / f"{first}_seed0", study / f"{second}_seed0", TIMES, args.num)
-    found = {name: found[name] for name in PAIRS if name in found}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"pairs": found}, indent=1) + "\n")
-    path.with_suffix(".png").write_bytes(picture(found))
-    print(f"{path}\n{path.with_suffix('.png')}")
+    found = {}
+    for name in args.only:
+        print(f"{pairs.PAIRS[name][2]}: time, bits/dim, less order 1's", flush=True)
+        found[name] = splices(*pairs.workdirs(args.workdir, name), TIMES, args.num)
+    pairs.write(args.out / "digits_splices.json", found, picture)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,9 @@ ALLOWED = {
     "reproduce.results": LOW | MIDDLE | {"plots.run_files", "reproduce.experiments", "reproduce.pictures"},
     "reproduce.restored": LOW | MIDDLE | {"parts"},
     "reproduce.pictures": LOW | MIDDLE | {"parts", "reproduce.restored"} | PLOTS,
-    "reproduce.splices": LOW | MIDDLE | {"parts", "evaluators", "reproduce.restored"} | PLOTS,
-    "reproduce.gaps": LOW | MIDDLE | {"reproduce.restored", "reproduce.splices"} | PLOTS,
+    "reproduce.pairs": set(),
+    "reproduce.splices": LOW | MIDDLE | {"parts", "evaluators", "reproduce.pairs", "reproduce.restored"} | PLOTS,
+    "reproduce.gaps": LOW | MIDDLE | {"reproduce.pairs", "reproduce.restored"} | PLOTS,
 }
 PURE = {"losses", "likelihood", "sampling", "sde_lib", "ode", "diagnostics", "dequantization", "fokker_planck"}
 

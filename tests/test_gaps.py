@@ -12,7 +12,7 @@ from quick import jit
 import datasets
 import diagnostics
 from errors import UserError
-from reproduce import gaps
+from reproduce import gaps, pairs
 from reproduce.restored import restored
 from sde_lib import VESDE, VPSDE
 
@@ -53,9 +53,9 @@ def test_a_solver_that_gives_up_is_told(untrained_pair, tmp_path):
 
 
 def test_models_are_compared_image_by_image(untrained_pair, tmp_path, monkeypatch, capsys):
-    study = tmp_path / "work" / gaps.STUDY
+    study = tmp_path / "work" / pairs.STUDY
     study.mkdir(parents=True)
-    first, second, title = gaps.PAIRS["vp"]
+    first, second, title = pairs.PAIRS["vp"]
     for name, run in zip((first, second), untrained_pair, strict=True):
         (study / f"{name}_seed0").symlink_to(run)
     monkeypatch.setattr(gaps, "NOISE", NOISE)

@@ -12,7 +12,7 @@ import parts
 from errors import UserError
 from evaluators.context import split
 from evaluators.likelihood import log_likelihood
-from reproduce import splices
+from reproduce import pairs, splices
 
 
 def log_likelihoods(folder, seed):
@@ -50,9 +50,9 @@ def test_the_time_decides_for_each_example(untrained_pair):
 
 
 def test_picture_and_numbers_of_other_pairs_stay(untrained_pair, tmp_path, monkeypatch, capsys):
-    study = tmp_path / "work" / splices.STUDY
+    study = tmp_path / "work" / pairs.STUDY
     study.mkdir(parents=True)
-    first, second, _ = splices.PAIRS["vp"]
+    first, second, _ = pairs.PAIRS["vp"]
     for name, run in zip((first, second), untrained_pair, strict=True):
         (study / f"{name}_seed0").symlink_to(run)
     monkeypatch.setattr(splices, "TIMES", (0.0, 0.3))
@@ -66,7 +66,7 @@ def test_picture_and_numbers_of_other_pairs_stay(untrained_pair, tmp_path, monke
     result = json.loads((out / "digits_splices.json").read_text())
     assert list(result["pairs"]) == ["ve", "vp"] and result["pairs"]["ve"] == kept
     assert (out / "digits_splices.png").read_bytes().startswith(b"\x89PNG")
-    assert splices.PAIRS["vp"][2] in capsys.readouterr().out
+    assert pairs.PAIRS["vp"][2] in capsys.readouterr().out
 
 
 def test_runs_that_are_not_there_are_told(tmp_path, monkeypatch):
