@@ -38,6 +38,12 @@ def probe(key: PRNGKeyArray, shape: tuple[int, ...], kind: str) -> Array | None:
     raise UserError(f"eval.hutchinson_type={kind!r} is unknown; use rademacher, gaussian or exact")
 
 
+def probes(key: PRNGKeyArray, shape: tuple[int, ...], kind: str, count: int) -> Array | None:
+    """`count` of `probe` [count, *shape], or its None: one is that of the key itself, more are those of its splits."""
+    keys = jax.random.split(key, count) if count > 1 else key[None]
+    return jax.vmap(lambda key: probe(key, shape, kind))(keys)
+
+
 def score_and_divergence(
     score_fn: ScoreFn, x: Batch, t: PerExample, probe: Batch | Probes | None
 ) -> tuple[Batch, PerExample]:

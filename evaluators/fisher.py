@@ -26,9 +26,8 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
     true_score = None if mixture is None else diagnostics.gaussian_mixture_score(parts.sde, *mixture)
 
     def probes_of(shape, index):
-        key, count = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), index), config.fisher_num_probes
-        keys = jax.random.split(key, count) if count > 1 else key[None]
-        return jax.vmap(lambda key: likelihood.probe(key, shape, config.hutchinson_type))(keys)
+        key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), index)
+        return likelihood.probes(key, shape, config.hutchinson_type, config.fisher_num_probes)
 
     def curves_of(params, model_state, x, index):
         probe = None

@@ -49,8 +49,7 @@ def log_likelihood(parts: Parts, size: int):
 
     def probes_of(index, repeat, shape):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(seed), repeat), index)
-        keys = jax.random.split(key, config.num_probes) if config.num_probes > 1 else key[None]
-        return jax.vmap(lambda k: likelihood.probe(k, shape, kind))(keys)
+        return likelihood.probes(key, shape, kind, config.num_probes)
 
     def fn(params, model_state, x, index, repeat):
         probe = None

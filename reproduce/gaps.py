@@ -49,8 +49,7 @@ def gaps(folder: Path, noise: tuple[float, ...], num: int, num_probes: int) -> n
     built, params, model_state = restored(folder)
     config = built.config
     x = jnp.asarray(datasets.eval_batch(built.dataset, config.data, "test", np.arange(num), seed=config.seed, repeat=0))
-    keys = jax.random.split(jax.random.PRNGKey(config.seed), num_probes)
-    probes = jax.vmap(lambda key: likelihood.probe(key, x.shape, config.eval.hutchinson_type))(keys)
+    probes = likelihood.probes(jax.random.PRNGKey(config.seed), x.shape, config.eval.hutchinson_type, num_probes)
     times, slope = times_of(built.sde, noise, 2.0 if config.data.centered else 1.0)
 
     @jax.jit

@@ -54,7 +54,7 @@ def untrained_pair(tmp_path_factory):
         config = mog_ve.get_config()
         config.seed = seed
         config.model.nf = 8
-        config.eval.update(rtol=1e-4, atol=1e-4, batch_size=4)
+        config.eval.update(rtol=1e-4, atol=1e-4, batch_size=4, hutchinson_type="rademacher")
         folder = tmp_path_factory.mktemp("runs") / f"seed{seed}"
         state = jax.device_get(parts.build(config).init_state())
         leaves, tree = jax.tree.flatten(state.ema_params)
