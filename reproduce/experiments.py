@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ORDERS = (1, 2, 3)
-FINE_TUNE_STEPS = {"digits_ve": 500, "digits_vp": 500, "fashion_ve": 300, "fashion_vp": 300}
+FINE_TUNE_STEPS = {
+    "digits_ve": 500,
+    "digits_vp": 500,
+    "fashion_ve": 300,
+    "fashion_vp": 300,
+    "fashion_ve_long": 1_000,
+    "fashion_vp_long": 1_000,
+}
 FINE_TUNE = ("optim.lr=0.001", "optim.warmup=50")
 
 
@@ -141,4 +148,6 @@ def experiments(fast: bool) -> dict[str, list[Run]]:
         "digits_vp": list(fine_tuned("digits_vp", 3, curves=True)),
         "fashion_ve": list(fine_tuned("fashion_ve", 3, curves=False)),
         "fashion_vp": list(fine_tuned("fashion_vp", 3, curves=False)),
+        "fashion_ve_long": list(fine_tuned("fashion_ve_long", 3, curves=False)),
+        "fashion_vp_long": list(fine_tuned("fashion_vp_long", 3, curves=False)),
     }

@@ -109,13 +109,16 @@ def _key(args: tuple, facts: Any) -> str:
 
 
 def _code() -> str:
-    """Of the sources of every module of this process that does not belong to Python or an installed package."""
+    """Of the sources of every module of this process that does not belong to Python or an installed package.
+
+    A module may name a file that there is not: torch's `_classes.py`, a zip archive's.
+    """
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     installed = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in names)
     sha = hashlib.sha256()
     for name, module in sorted(sys.modules.items()):
         path = getattr(module, "__file__", None)
-        if path is not None and not path.startswith(installed):
+        if path is not None and not path.startswith(installed) and Path(path).is_file():
             sha.update(f"{name}\n".encode() + Path(path).read_bytes())
     return sha.hexdigest()
 

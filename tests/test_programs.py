@@ -108,6 +108,16 @@ def test_a_change_of_anything_it_depends_on_compiles_anew(folder, tmp_path, monk
     assert not is_kept(), "the code"
 
 
+@pytest.mark.parametrize("path", ["_classes.py", "/nowhere/packed.zip/module.py", None])
+def test_a_module_without_its_file_does_no_harm(folder, monkeypatch, path):
+    """`torch._classes` names one that there is not, relative to nothing; found on a machine with torch."""
+    module = types.ModuleType("classes")
+    module.__file__ = path
+    monkeypatch.setitem(sys.modules, "classes", module)
+    assert not compiled(jax.jit(step), ARGS, None)[1]
+    assert compiled(NotLowered(), ARGS, None)[1]
+
+
 def test_a_damaged_file_is_replaced(folder, caplog):
     compiled(jax.jit(step), ARGS, None)
     (path,) = folder.iterdir()
