@@ -300,18 +300,26 @@ def test_recorded_curves_at_the_end():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rtol", "grad_rtol"), [("vp", 2e-3, 3e-3), ("ve", 3e-2, 0.2)])
-def test_recorded_curves(name, rtol, grad_rtol):
-    """Backwards these random networks blow up what is small at T.
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_recorded_curves(name):
+    """To within rounding, of which these random networks make much on the way back from T.
 
     In float64 at 1e-8 the VP curves differ up to sevenfold from the recorded ones (and x comes back to the data
-    within 0.05; at 1e-5 it is 16 off): those are numbers of scipy's steps, and only the same steps repeat them. For VE,
-    1e-7 of x at T moves all but the last point by 1 % and the gradient of the divergence by 10 %: float32 rounding.
+    within 0.05; at 1e-5 it is 16 off): those are numbers of scipy's steps, and only the same steps repeat them.
+    Rounding decides borderline steps: 1e-7 of the data moves the last VE point by 0.1 % and the first by 14 %, its
+    gradient of the divergence by 60 %, and the VP curves by 2 % at most. So the recorded curves are to lie among those
+    of six draws of it, or no farther from them than these are apart.
     """
     recorded = Recorded(name)
-    curves = recorded.compare(recorded.backward(recorded.forward()))
-    check_end(recorded, curves)
+    draws = []
+    for relative in (0, *np.random.default_rng(0).uniform(-1e-7, 1e-7, (5, *recorded.x.shape))):
+        recorded.x = jnp.asarray(recorded.arrays["data"] * (1 + relative), jnp.float32)
+        draws.append(recorded.compare(recorded.backward(recorded.forward())))
     for ours, theirs in RECORDED.items():
-        tolerance = grad_rtol if ours == "grad_divergence_normal" else rtol
-        expected = recorded.arrays[theirs]
-        np.testing.assert_allclose(curves[ours][:-1], expected[:-1], rtol=tolerance, err_msg=ours)
+        # at T VE's two scores are equal: rounding alone
+        points = slice(-1) if (ours, name) == ("ode_normal", "ve") else slice(None)
+        curves, expected = np.stack([draw[ours][points] for draw in draws]), recorded.arrays[theirs][points]
+        margin = np.ptp(curves, axis=0) + 2e-4 * np.abs(expected)
+        assert np.all(margin[-2:] < 0.05 * np.abs(expected[-2:])), f"{ours}: so wide a margin shows nothing"
+        assert np.all(expected >= curves.min(axis=0) - margin), ours
+        assert np.all(expected <= curves.max(axis=0) + margin), ours
