@@ -111,15 +111,16 @@ def _key(args: tuple, facts: Any) -> str:
 def _code() -> str:
     """Of the sources of every module of this process that does not belong to Python or an installed package.
 
-    A module may name a file that there is not: torch's `_classes.py`, a zip archive's.
+    A module of an archive names a file below it, and torch's `_classes` one that there is not.
     """
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     installed = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in names)
     sha = hashlib.sha256()
     for name, module in sorted(sys.modules.items()):
         path = getattr(module, "__file__", None)
-        if path is not None and not path.startswith(installed) and Path(path).is_file():
-            sha.update(f"{name}\n".encode() + Path(path).read_bytes())
+        if path is not None and not path.startswith(installed):
+            file = next((p for p in (Path(path), *Path(path).parents) if p.is_file()), None)
+            sha.update(f"{name}\n".encode() + (file.read_bytes() if file else b""))
     return sha.hexdigest()
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs kept on disk: used by the next process if nothing they depend on has changed, and never otherwise."""
 
+import importlib
 import os
 import subprocess
 import sys
 import types
+import zipfile
 from typing import NamedTuple
 
 import jax
@@ -108,7 +110,7 @@ def test_a_change_of_anything_it_depends_on_compiles_anew(folder, tmp_path, monk
     assert not is_kept(), "the code"
 
 
-@pytest.mark.parametrize("path", ["_classes.py", "/nowhere/packed.zip/module.py", None])
+@pytest.mark.parametrize("path", ["_classes.py", "/nowhere/module.py", None])
 def test_a_module_without_its_file_does_no_harm(folder, monkeypatch, path):
     """`torch._classes` names one that there is not, relative to nothing; found on a machine with torch."""
     module = types.ModuleType("classes")
@@ -116,6 +118,20 @@ def test_a_module_without_its_file_does_no_harm(folder, monkeypatch, path):
     monkeypatch.setitem(sys.modules, "classes", module)
     assert not compiled(jax.jit(step), ARGS, None)[1]
     assert compiled(NotLowered(), ARGS, None)[1]
+
+
+def test_a_change_of_an_archive_of_modules_compiles_anew(folder, tmp_path, monkeypatch):
+    archive = tmp_path / "packed.zip"
+    for number in (1, 2):
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("packed.py", f"one = {number}")
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(archive)
+            patch.delitem(sys.modules, "packed", raising=False)
+            importlib.invalidate_caches()
+            patch.setitem(sys.modules, "packed", importlib.import_module("packed"))
+            assert not compiled(jax.jit(step), ARGS, None)[1]
+            assert compiled(NotLowered(), ARGS, None)[1]
 
 
 def test_a_damaged_file_is_replaced(folder, caplog):
