@@ -8,6 +8,8 @@ name is whole. A FILE of that name is a checkpoint of the public code, see `lega
 python -m checkpoints export PATH OUT   writes one of ours as the public code would
 """
 
+import math
+import os
 import re
 import shutil
 import sys
@@ -25,7 +27,8 @@ from absl import logging
 from errors import UserError
 from legacy import export_legacy, in_structure_of, load_legacy
 
-_NAME = re.compile(r"checkpoint_(\d+)")
+_NEW = ".new"  # of a checkpoint that is whole and about to take the place of one of its number
+_NAME = re.compile(rf"checkpoint_(\d+)(?:{re.escape(_NEW)})?")
 
 
 class Checkpoint(NamedTuple):
@@ -59,7 +62,7 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] | None = None, keep: int = 0) -> Path:
-    """Writes `directory/checkpoint_<number>`, replacing one of that number, and returns its path.
+    """Writes `directory/checkpoint_<number>` and returns its path. One of that number stays until the new one is whole.
 
     Args:
         state: any pytree that flax can turn into a state dict, e.g. a `TrainState` on one device.
@@ -70,14 +73,18 @@ def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] 
     """
     path = Path(directory).absolute() / f"checkpoint_{number}"
     arrays = {k: np.asarray(v) for k, v in _flat(jax.device_get(state)).items()}
-    if path.is_file():  # of the public code: nobody's download is overwritten
-        path.replace(path.with_name(f"{path.name}.legacy"))
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nested(arrays)), record=ocp.args.JsonSave(record or {}))
     try:
         for abandoned in path.parent.glob("checkpoint_*.orbax-checkpoint-tmp*"):  # by a run that was killed
             shutil.rmtree(abandoned)
+        for new in path.parent.glob(f"checkpoint_*{_NEW}"):  # killed while it took the place of the old one
+            _take_place(new)
         with _checkpointer() as checkpointer:
-            checkpointer.save(path, items, force=True)
+            if path.exists():
+                checkpointer.save(_new(path), items)
+                _take_place(_new(path))
+            else:
+                checkpointer.save(path, items)
     except (OSError, ValueError) as error:  # tensorstore tells of a full disk by a ValueError
         raise UserError(
             f"checkpoint {path} cannot be written ({str(error).splitlines()[0][-200:]}); the ones before it are whole. "
@@ -90,10 +97,24 @@ def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] 
     return path
 
 
+def _new(path: Path) -> Path:
+    return path.with_name(path.name + _NEW)
+
+
+def _take_place(new: Path) -> None:
+    """Meanwhile `restore` reads the new one."""
+    path = new.with_name(new.name.removesuffix(_NEW))
+    if path.is_file():  # of the public code: nobody's download is overwritten
+        path.replace(path.with_name(f"{path.name}.legacy"))
+    elif path.exists():
+        shutil.rmtree(path)
+    new.rename(path)
+
+
 def all_numbers(directory: str | Path) -> list[int]:
     """The numbers of the checkpoints in a folder, rising."""
     names = (_NAME.fullmatch(p.name) for p in Path(directory).glob("checkpoint_*"))
-    return sorted(int(name[1]) for name in names if name)
+    return sorted({int(name[1]) for name in names if name})
 
 
 def latest(directory: str | Path) -> Path | None:
@@ -106,9 +127,9 @@ def find(directory: str | Path, number: int, wait_s: float = 0) -> Path:
     """The checkpoint of a number, or the newest if it is 0. UserError if there is none, also after `wait_s` seconds."""
     deadline, waiting = time.monotonic() + wait_s, False
     while True:
-        path = latest(directory) if number == 0 else Path(directory) / f"checkpoint_{number}"
-        if path is not None and path.exists():
-            return path
+        numbers = all_numbers(directory)
+        if numbers and (number == 0 or number in numbers):
+            return Path(directory) / f"checkpoint_{number or numbers[-1]}"
         left = deadline - time.monotonic()
         if left <= 0:
             break
@@ -152,19 +173,30 @@ def _set_aside(path: Path) -> None:
     path.replace(aside)
 
 
-def restore(path: str | Path) -> Checkpoint:
+def restore(path: str | Path, target: Any = None) -> Checkpoint:
     """Reads a checkpoint that `save` wrote, or a file of the public code (its record is empty); arrays as numpy.
 
-    UserError if it is missing or cannot be read.
+    Args:
+        target: what `into` is given afterwards. Another shape is then refused before any array is allocated.
+    Raises:
+        UserError: it is missing, cannot be read, or is not of `target`'s shapes.
     """
     path = Path(path).absolute()
     if path.is_file():
         return Checkpoint(load_legacy(path), {})
+    path = _new(path) if _new(path).is_dir() else path
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     try:
         with _checkpointer() as checkpointer:
             saved = checkpointer.metadata(path).item_metadata["state"].tree
+            sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(saved)]
+            if sum(sizes) > _memory():
+                raise UserError(
+                    f"checkpoint {path} claims {sum(sizes) / 2**30:.3g} GiB of arrays, more than there is memory"
+                )
+            if target is not None:
+                _check_shapes(_flat(target), flax.traverse_util.flatten_dict(saved, sep="/"), path)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
             items = checkpointer.restore(
                 path,
@@ -176,6 +208,11 @@ def restore(path: str | Path) -> Checkpoint:
     return Checkpoint(items["state"], items["record"])
 
 
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def into(target: Any, state: dict[str, Any], where: str | Path) -> Any:
     """The values of a restored state in the structure of `target` (arrays or `jax.ShapeDtypeStruct`s).
 
@@ -185,22 +222,25 @@ def into(target: Any, state: dict[str, Any], where: str | Path) -> Any:
     if "ema_rate" in state:  # of `load_legacy`
         state = in_structure_of(target, state)
     wanted, have = _flat(target), _flat(state)
-    hint = "it was made with another config; use the one that made it"
-    for name, leaf in wanted.items():
-        if name not in have:
-            raise UserError(f"checkpoint {where} lacks {name}: {hint}")
-        if np.shape(have[name]) != leaf.shape:
-            raise UserError(
-                f"checkpoint {where} has {name} of shape {np.shape(have[name])}, this config wants {leaf.shape}: {hint}"
-            )
-    for name in have:
-        if name not in wanted:
-            raise UserError(f"checkpoint {where} has {name}, which this config's network lacks: {hint}")
+    _check_shapes(wanted, have, where)
     values = {name: np.asarray(have[name], leaf.dtype) for name, leaf in wanted.items()}
     structure = flax.traverse_util.flatten_dict(
         flax.serialization.to_state_dict(target), keep_empty_nodes=True, sep="/"
     )
     return flax.serialization.from_state_dict(target, _nested({**structure, **values}))
+
+
+def _check_shapes(wanted: dict[str, Any], have: dict[str, Any], where: str | Path) -> None:
+    hint = "it was made with another config; use the one that made it"
+    for name, leaf in wanted.items():
+        if name not in have:
+            raise UserError(f"checkpoint {where} lacks {name}: {hint}")
+        shape = getattr(have[name], "shape", ())
+        if shape != leaf.shape:
+            raise UserError(f"checkpoint {where} has {name} of shape {shape}, this config wants {leaf.shape}: {hint}")
+    for name in have:
+        if name not in wanted:
+            raise UserError(f"checkpoint {where} has {name}, which this config's network lacks: {hint}")
 
 
 def export(path: str | Path, out: str | Path) -> None:

@@ -12,6 +12,7 @@ bits/dim are about 8-bit images.
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,15 @@ class Dataset:
     log_prob: Callable[[np.ndarray], np.ndarray] | None = None
     entropy: float | None = None
     mixture: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def digest(self, split: str, most: int = 10_000) -> str:
+        """Of the number of examples in a split and of up to `most` of them, evenly spread."""
+        source = {"train": self.train, "test": self.test}[split]
+        sha = hashlib.sha256(str(len(source)).encode())
+        index = np.unique(np.linspace(0, len(source) - 1, most).astype(np.int64))
+        for start in range(0, len(index), 1024):
+            sha.update(np.ascontiguousarray(source[index[start : start + 1024]]).tobytes())
+        return sha.hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True)

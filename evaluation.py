@@ -30,16 +30,26 @@ KID_BLOCK_SIZE = 1024  # tensorflow-gan's default, which the public code keeps
 def mean_and_stderr(values: Float[np.ndarray, "R N"]) -> dict[str, Any]:
     """Mean over R repeats and N examples, and its standard error over the examples (each averaged over its repeats).
 
-    For more than one repeat also `stderr_over_repeats`, which is that of the noise (dequantisation, probes) alone.
+    For more than one repeat also `stderr_over_repeats`, which is that of the noise (dequantisation, probes) alone. An
+    example with a value that is not finite has failed: all is of the others, and `num_failed` says how many it leaves
+    out. Without failures that key is not there.
     """
+    whole = np.isfinite(values).all(axis=0)
+    failed, values = int(np.sum(~whole)), values[:, whole]
     per_example = np.mean(values, axis=0, dtype=np.float64)
     repeats, n = values.shape
     stderr = float(np.std(per_example, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    result = {"mean": float(np.mean(per_example)), "stderr": stderr, "num_examples": n, "num_repeats": repeats}
+    mean = float(np.mean(per_example)) if n else math.nan
+    result = {"mean": mean, "stderr": stderr, "num_examples": n, "num_repeats": repeats, **failures(failed)}
     if repeats > 1:
         over_repeats = np.std(np.mean(values, axis=1, dtype=np.float64), ddof=1) / math.sqrt(repeats)
         result["stderr_over_repeats"] = float(over_repeats)
     return result
+
+
+def failures(count: int) -> dict[str, int]:
+    """What marks a result as incomplete, if `count` examples or samples failed."""
+    return {"num_failed": count} if count else {}
 
 
 def gaussian_bits_per_dim(dataset: datasets.Dataset, data_config: Any, seed: int) -> float:

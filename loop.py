@@ -3,6 +3,7 @@
 
 import collections
 import datetime
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ class Job(NamedTuple):
 
 
 class Steps:
-    """The pmapped step of a `Job`: (state, x) -> (state, metrics), compiled once, for the shapes of the first batch."""
+    """The pmapped step of a `Job`: (state, x) -> (state, metrics), compiled once for each number of steps a call."""
 
     def __init__(self, p_fn: Any, frozen: Any, facts: Any = None):
         """p_fn: the pmap of (state, x, frozen); frozen: replicated parameters that do not change.
@@ -51,21 +52,26 @@ class Steps:
         facts: what else p_fn depends on beside the code, such as the config (`programs.Kept`).
         """
         self._p_fn, self._frozen, self._facts = p_fn, frozen, facts
+        self._programs: dict[tuple[int, ...], Any] = {}  # by the shape of x
 
     def compile(self, state: losses.TrainState, x: np.ndarray) -> None:
         """Ahead of the first call, to tell how long it takes and how much memory the program wants of a device."""
-        if jax.process_count() > 1:
-            return  # only the pmap itself joins the hosts' parts of x to one array
+        if jax.process_count() > 1:  # only the pmap itself joins the hosts' parts of x to one array
+            self._programs[x.shape] = self._p_fn
+            return
         start, kept = time.monotonic(), programs.Kept((state, x, self._frozen), self._facts)
         program, verb = kept.read(), "training step of an earlier launch read"
         if program is None:
             logging.info("compiling the training step; minutes for a large network or an order above 1")
             program, verb = kept.compile(self._p_fn), "compiled"
-        self._p_fn, seconds, memory = program, time.monotonic() - start, program_memory(program.memory_analysis())
+        self._programs[x.shape] = program
+        seconds, memory = time.monotonic() - start, program_memory(program.memory_analysis())
         logging.info("%s in %.1f s%s", verb, seconds, f"; it needs {memory}" if memory else "")
 
     def __call__(self, state: losses.TrainState, x: np.ndarray) -> tuple[losses.TrainState, dict[str, jax.Array]]:
-        return self._p_fn(state, x, self._frozen)
+        if x.shape not in self._programs:
+            self.compile(state, x)
+        return self._programs[x.shape](state, x, self._frozen)
 
 
 def run(job: Job) -> losses.TrainState:
@@ -96,14 +102,14 @@ class _Loop:
     def run(self, stop: StopRequest) -> losses.TrainState:
         job, training, jitted = self.job, self.training, self.training.n_jitted_steps
         clock = None
-        for x, index in _grouped(job.loader, jitted):
+        for x, index in _grouped(job.loader, jitted, first=jitted - self.step % jitted):
             if self.step >= job.n_iters:
                 break
             if clock is None:
                 job.p_step.compile(self.state, x)
                 clock = _Clock(self.step)
             self.state, metrics = job.p_step(self.state, x)
-            self.step += jitted
+            self.step += len(index)
             self.in_flight.append((self.step, metrics, index))
             self._settle(_IN_FLIGHT)
             final = self.step >= job.n_iters
@@ -236,8 +242,12 @@ def _of_first_device(value: jax.Array) -> np.ndarray:
     return np.asarray(value.addressable_data(0)).reshape(-1)
 
 
-def _grouped(loader: Iterator[dict], n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """n batches for one call of the step: x [local devices, n, B / devices, ...], example index [n, B]."""
-    while True:
-        batches = [next(loader) for _ in range(n)]
+def _grouped(loader: Iterator[dict], n: int, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """n batches for one call of the step: x [local devices, n, B / devices, ...], example index [n, B].
+
+    The first call has `first` batches: what a run stopped between multiples of n lacks to the next one, at which all
+    that is due every so many steps falls due.
+    """
+    for count in itertools.chain([first], itertools.repeat(n)):
+        batches = [next(loader) for _ in range(count)]
         yield np.stack([shard(b["x"]) for b in batches], axis=1), np.stack([b["index"] for b in batches])

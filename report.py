@@ -68,6 +68,7 @@ ENVIRONMENT = {
     "jaxlib": "jaxlib",
     "flax": "flax",
     "numpy": "numpy",
+    "precision": "Matrix products",
     "devices": "Devices",
     "platform": "Platform",
 }
@@ -184,7 +185,9 @@ def _text(value: Any, unit: str = "") -> str:
     """A number, a mean with its standard error, or any other dictionary, as text."""
     if isinstance(value, dict) and "stderr" in value and "mean" in value:
         unit, n = value.get("unit", unit), value.get("num_examples")
-        return f"{plus_minus(value['mean'], value['stderr'])} {unit}" + (f" ({n:,} examples)" if n else "")
+        incomplete = f", incomplete: {failed:,} more failed" if (failed := value.get("num_failed")) else ""
+        count = f" ({n:,} examples{incomplete})" if n or incomplete else ""
+        return f"{plus_minus(value['mean'], value['stderr'])} {unit}{count}"
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {_text(v)}" for key, v in value.items() if key not in _DETAILS)
     if isinstance(value, float):

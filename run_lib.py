@@ -3,6 +3,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from errors import UserError
 from evaluators import EVALUATORS
 from evaluators.context import Context
 from evaluators.dequantized import uniform, variational
+from evaluators.units import code_digest
 from models.flowpp import create_dequantizer
 from parts import Config, Parts, all_devices, build, dequantizer_state, digest, on_this_host, replicate, shard
 from runtime import launch
@@ -40,7 +42,8 @@ def pmapped_steps(config: Config, step_fn_of, frozen: Any = ()) -> loop.Steps:
 
     @functools.partial(jax.pmap, axis_name="batch", donate_argnums=0, devices=all_devices())
     def steps(state, x, frozen):
-        return jax.lax.scan(step_fn_of(frozen), state, x)
+        with jax.default_matmul_precision(config.training.matmul_precision):
+            return jax.lax.scan(step_fn_of(frozen), state, x)
 
     return loop.Steps(steps, replicate(frozen), facts=config.to_dict())
 
@@ -72,27 +75,29 @@ def _resume(
     return None
 
 
-def _init_from(training: Config, state: losses.TrainState) -> losses.TrainState:
-    """A fresh state with the parameters and EMA of the checkpoint `training.init_from`, if one is given.
+def _init_from(training: Config, state: losses.TrainState) -> tuple[losses.TrainState, str]:
+    """A fresh state with the parameters and EMA of the checkpoint `training.init_from`, and the digest of its state.
 
-    With `training.init_optimizer` Adam's moments, its count (and the warm-up's) and the step go on from there as well.
+    Without one the state as it is, and ''. With `training.init_optimizer` Adam's moments, its count (and the warm-up's)
+    and the step go on from there as well. The digest is folded into the key, so that no noise of the run that made the
+    checkpoint comes again; runs that start from one checkpoint, at any order, have the same.
     """
     path = training.init_from
     if not path:
-        if training.init_optimizer:
-            raise UserError("training.init_optimizer=True needs training.init_from, the checkpoint to take it from")
-        return state
-    source = checkpoints.into(state, checkpoints.restore(path).state, path)
+        return state, ""
+    source = checkpoints.into(state, checkpoints.restore(path, state).state, path)
     logging.info("starting from the parameters of %s, step %d", path, int(source.step))
+    parent = digest(source)
+    key = np.asarray(jax.random.fold_in(state.key, int(parent[:8], 16)))
     if not training.init_optimizer:
-        return state.replace(params=source.params, ema_params=source.ema_params, model_state=source.model_state)
-    step, jitted = int(source.step), training.n_jitted_steps
-    if step % jitted or step >= training.n_iters:
+        fresh = state.replace(params=source.params, ema_params=source.ema_params, model_state=source.model_state)
+        return fresh.replace(key=key), parent
+    if int(source.step) >= training.n_iters:
         raise UserError(
-            f"training.init_optimizer=True goes on from step {step} of {path}: training.n_iters={training.n_iters} "
-            f"must be above it and training.n_jitted_steps={jitted} must divide it"
+            f"training.init_optimizer=True goes on from step {int(source.step)} of {path}: "
+            f"training.n_iters={training.n_iters} must be above it"
         )
-    return source.replace(key=state.key)
+    return source.replace(key=key), parent
 
 
 def _eval_fn(parts: Parts, loss_fn_of, frozen: Any = (), **options: Any):
@@ -112,7 +117,8 @@ def _eval_fn(parts: Parts, loss_fn_of, frozen: Any = (), **options: Any):
 
     @functools.partial(jax.pmap, axis_name="batch", devices=all_devices())
     def terms(params, model_state, x, index, frozen):
-        _, values = loss_fn_of(frozen)(params, model_state, x, index, jax.random.PRNGKey(config.seed))
+        with jax.default_matmul_precision("float32"):
+            _, values = loss_fn_of(frozen)(params, model_state, x, index, jax.random.PRNGKey(config.seed))
         return jax.lax.pmean(jax.tree.map(jnp.mean, values), "batch"), values
 
     x, index, copies = shard(x), shard(index.astype(np.int32)), replicate(frozen)
@@ -136,7 +142,10 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
     with workdir_lock(workdir):
         training = config.training
         state = parts.init_state()
-        state, record = _resume(config, workdir, state) or (_init_from(training, state), {})
+        if (resumed := _resume(config, workdir, state)) is None:
+            state, parent = _init_from(training, state)
+            resumed = state, {"parent": parent}
+        state, record = resumed
         launch.record(workdir, config, int(state.step))
         loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
         plain_loss_fn = losses.get_loss_fn(training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
@@ -150,11 +159,12 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             directory=workdir,
             state=state,
             record=record,
-            loader=_train_loader(parts, config.data),
+            loader=_train_loader(parts, config.data, record.get("parent", "")),
             p_step=pmapped_steps(config, lambda _: step_fn),
             n_iters=training.n_iters,
             eval_fn=_eval_fn(parts, lambda _: plain_loss_fn, dequantize=config.data.uniform_dequantization),
             on_snapshot=sample_saver(parts, workdir) if training.snapshot_sampling else None,
+            facts={"parent": record.get("parent", "")},
             snapshot_number=functools.partial(_snapshot_number, config),
         )
         return _run(job)
@@ -174,7 +184,8 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
         raise UserError(f"--mode train_deq needs 8-bit images; data.dataset={config.data.dataset!r} has none")
     directory = workdir / deq_folder
     with workdir_lock(directory):
-        score = checkpoints.into(parts.init_state(), checkpoints.restore(path).state, path)
+        target = parts.init_state()
+        score = checkpoints.into(target, checkpoints.restore(path, target).state, path)
         frozen = score.ema_params, score.model_state
         facts = {"score_model": digest(frozen)}
         model = create_dequantizer(config.deq.network, config.deq.dropout)
@@ -255,12 +266,14 @@ def _run(job: loop.Job) -> losses.TrainState:
     return state
 
 
-def _train_loader(parts: Parts, data_config: Config):
+def _train_loader(parts: Parts, data_config: Config, parent: str = ""):
+    """parent: digest of the state that `training.init_from` gave; the data then come in an order of their own."""
+    seed = parts.config.seed
     return datasets.train_loader(
         parts.dataset,
         data_config,
         batch_size=parts.config.training.batch_size,
-        seed=parts.config.seed,
+        seed=seed if not parent else seed + (int(parent[:8], 16) << 32),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -273,7 +286,8 @@ def evaluate(
 
     Runs the `evaluators.EVALUATORS` that `config.eval` turns on, each in units that a restart does not repeat. Writes
     `report_<n>.json` and the evaluators' npz files into `workdir/eval_folder`. Returns what the JSON files hold.
-    UserError if there is no such checkpoint.
+    UserError if there is no such checkpoint and, in the end, if examples or samples failed: what is written leaves them
+    out and says so.
     """
     workdir = Path(workdir)
     check_config(config)
@@ -287,24 +301,30 @@ def evaluate(
         evaluators = [make(parts, dequantizer) for make in wanted.values()]
         target = parts.init_state()
         launch.log_evaluation(parts, target, list(numbers), list(wanted))
-        results = []
+        results, failed = [], []
         for number in numbers:
             path = checkpoints.find(workdir / "checkpoints", number, settings.wait_for_checkpoints_s)
             context, result = _load(parts, target, path, out)
             for evaluator in evaluators:
                 result |= evaluator(context)
+            failed += [f"checkpoint {context.number}: {text}" for text in _failures(result)]
             if jax.process_index() == 0:
                 results.append(_write_result(out / f"report_{context.number}.json", result))
         if jax.process_index() == 0:
             print(report.results_table(results), flush=True)
             page = report.write_report(workdir, eval_folder=eval_folder)
             launch.log_end("evaluated", {"results": f"{out}/report_<checkpoint>.json, *.npz", "report": str(page)})
+        if failed:
+            raise UserError(
+                f"{out}/report_<checkpoint>.json is incomplete: {'; '.join(failed)}. Warnings above tell why; with "
+                "settings that mend it, run again"
+            )
         return results
 
 
 def _load(parts: Parts, target: losses.TrainState, path: Path, out: Path) -> tuple[Context, dict[str, Any]]:
     """What the evaluators are given of a checkpoint, and the facts about it that open its report."""
-    state = checkpoints.into(target, checkpoints.restore(path).state, path)
+    state = checkpoints.into(target, checkpoints.restore(path, target).state, path)
     config, devices = parts.config, jax.local_devices()
     number = int(path.name.rpartition("_")[2])
     facts = {
@@ -313,10 +333,10 @@ def _load(parts: Parts, target: losses.TrainState, path: Path, out: Path) -> tup
         "dataset": parts.dataset.name,
         "parameters": digest((state.ema_params, state.model_state)),
     }
-    data = {key: value for key, value in config.data.to_dict().items() if key != "dir"}
     identity = {
         **facts,
-        "data": data,
+        "data": config.data.to_dict(),
+        "code": code_digest(),
         "model": config.model.to_dict(),
         "sde": config.training.sde,
         "smallest_time": config.training.smallest_time,
@@ -330,6 +350,15 @@ def _load(parts: Parts, target: losses.TrainState, path: Path, out: Path) -> tup
         identity=identity,
     )
     return context, facts
+
+
+def _failures(result: dict[str, Any], name: str = "") -> Iterator[str]:
+    """'3 failed of bpd' for each quantity that leaves out some of its examples or samples."""
+    for key, value in result.items():
+        if key == "num_failed":
+            yield f"{value} failed of {name}"
+        elif isinstance(value, dict):
+            yield from _failures(value, f"{name} {key}".strip())
 
 
 def _write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:

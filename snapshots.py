@@ -12,7 +12,7 @@ from absl import logging
 
 import losses
 import report
-from evaluators.samples import count_failed, sampler
+from evaluators.samples import is_whole, sampler
 from parts import Parts, replicate
 from runtime.records import write_npz
 
@@ -33,13 +33,13 @@ def sample_saver(parts: Parts, workdir: Path) -> Callable[[losses.TrainState, in
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, jnp.arange(padded))
         samples, _ = draw(replicate(params, devices), replicate(model_state, devices), keys)
         samples, path = samples[:count], workdir / "samples" / f"step_{step:08d}"
-        if failed := count_failed(samples):
+        if failed := int(np.sum(~is_whole(samples))):
             logging.warning("the sampler failed on %d of %d samples of step %d", failed, len(samples), step)
         if parts.dataset.is_image:
             report.save_image_grid(path.with_suffix(".png"), samples)
             return path.with_suffix(".png").read_bytes()
         write_npz(path.with_suffix(".npz"), samples=samples)
-        shown = samples[np.isfinite(samples).all(axis=1)]
+        shown = samples[is_whole(samples)]
         return report.points_picture(shown, parts.dataset.test[np.arange(min(5000, len(parts.dataset.test)))])
 
     return save_samples

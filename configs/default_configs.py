@@ -33,6 +33,7 @@ def get_default_configs() -> ConfigDict:
     training.snapshot_freq = 50_000
     training.snapshot_freq_for_preemption = 10_000
     training.snapshot_minutes_for_preemption = 30.0  # a resume checkpoint also after so many minutes; 0: by steps only
+    training.matmul_precision = "default"  # of matrix products: default (TF32 on a GPU, bfloat16 on a TPU) | float32
     training.max_bad_steps = 10  # in a row with a loss or gradient that is not finite, then the run stops
     training.snapshot_sampling = True
     training.init_from = ""  # a checkpoint, ours or of the public code, whose parameters and EMA a new run starts with
@@ -106,6 +107,7 @@ def get_default_configs() -> ConfigDict:
     sampling.noise_removal = True
     sampling.probability_flow = False
     sampling.snr = 0.16
+    sampling.matmul_precision = "float32"  # as training's; what is measured, likelihoods first, is always in float32
     sampling.rtol = 1e-5
     sampling.atol = 1e-5
 

@@ -2,7 +2,7 @@
 """What an evaluator is given, and the batches of examples that most of them go through."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 import datasets
-from evaluators.units import Units
+from evaluators.units import Rows, Units
 from parts import Parts, shard
-from runtime.records import write_npz
+from runtime.records import write_npz, write_npz_rows
 
 
 class Context(NamedTuple):
@@ -36,6 +36,11 @@ class Context(NamedTuple):
         """`file(name)`, by the first host."""
         if jax.process_index() == 0:
             write_npz(self.file(name), **arrays)
+
+    def write_rows(self, name: str, count: int, chunks: Iterable[np.ndarray]) -> None:
+        """`write` of one array [count, ...], itself called `name`, whose rows come in chunks."""
+        if jax.process_index() == 0:
+            write_npz_rows(self.file(name), name, count, chunks)
 
 
 Evaluator = Callable[[Context], dict[str, Any]]
@@ -85,8 +90,9 @@ class Split(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a unit's number means."""
-        return {"split": self.name, "count": self.count, "size": self.size}
+        """What a unit's number means, and of which examples."""
+        content = self.parts.dataset.digest(self.name)
+        return {"split": self.name, "content": content, "count": self.count, "size": self.size}
 
     @property
     def num_units(self) -> int:
@@ -109,7 +115,7 @@ class Split(NamedTuple):
         )
         return repeat, x, index.astype(np.int32)
 
-    def stacked(self, rows: list[dict[str, np.ndarray]], key: str) -> np.ndarray:
+    def stacked(self, rows: Rows, key: str) -> np.ndarray:
         """The units' arrays [b] as [repeats, count]."""
         return np.concatenate([row[key] for row in rows]).reshape(self.repeats, self.count)
 

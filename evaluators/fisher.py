@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diagnostics
+import evaluation
 import likelihood
 from evaluators.context import Context, Evaluator, per_example, settings_of, split
 from evaluators.dequantized import Dequantizer
@@ -51,14 +52,15 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
         rows = context.units("fisher", settings).run(examples.num_units, unit, "score diagnostics")
         arrays: dict[str, np.ndarray] = {"times": times}
         summary: dict[str, Any] = {"num_examples": examples.count}
+        num_failed = 0
         for name in rows[0]:
             values = np.concatenate([row[name] for row in rows]).astype(np.float64)  # [N, K]
             kept = values[np.isfinite(values).all(axis=1)]
-            summary["num_failed"] = len(values) - len(kept)
+            num_failed = max(num_failed, len(values) - len(kept))
             arrays[name] = kept.mean(axis=0)
             arrays[f"{name}_stderr"] = kept.std(axis=0, ddof=1) / np.sqrt(len(kept))
             summary[name] = float(np.trapezoid(arrays[name], times))  # the integral over time
         context.write("fisher", **arrays)
-        return {"fisher": summary}
+        return {"fisher": summary | evaluation.failures(num_failed)}
 
     return evaluate

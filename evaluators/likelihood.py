@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 import evaluation
 import fokker_planck
 import likelihood
-from errors import UserError
 from evaluators.context import Context, Evaluator, per_example, round_up, settings_of, split, split_name
 from evaluators.dequantized import Dequantizer
 from parts import Parts
@@ -28,8 +28,8 @@ def log_likelihood(parts: Parts, size: int):
     """(params, model_state, x [b, ...], index [b], repeat [b]) -> {"logp" [b] in nats, "nfe" [b]}.
 
     With `eval.ode_solver=adams` also "ode_error" [b], an estimate of logp's error. The probes of an example are a
-    function of seed, index and repeat alone, so that checkpoints and orders are compared on the same. UserError with
-    the number of the first example that the solver gave up on.
+    function of seed, index and repeat alone, so that checkpoints and orders are compared on the same. logp is NaN, with
+    a warning, for an example that the solver gave up on.
     """
     config = parts.config.eval
     fixed = config.ode_solver == "adams"
@@ -68,10 +68,9 @@ def log_likelihood(parts: Parts, size: int):
         if fixed:
             failed |= result["ode_error"] > math.prod(x.shape[1:]) * math.log(2)
         if failed.any():
-            reason, remedy = failure
             count = f"{failed.sum()} of {len(x)} examples, first on number {index[failed][0]}"
-            raise UserError(f"the likelihood ODE failed on {count}: {reason}; {remedy}, or train further")
-        return result
+            logging.warning("the likelihood ODE failed on %s: %s; %s, or train further", count, *failure)
+        return result | {"logp": np.where(failed, np.nan, result["logp"])}
 
     return call
 
@@ -119,8 +118,10 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
             result_name("nfe", config): {"min": int(nfe.min()), "mean": float(nfe.mean()), "max": int(nfe.max())},
         }
         if "ode_error" in arrays:
-            error = arrays["ode_error"] / (math.prod(parts.dataset.shape) * math.log(2) if is_image else 1)
-            summary = {"mean": float(error.mean()), "max": float(error.max())}
+            error = arrays["ode_error"][np.isfinite(logp)] / (
+                math.prod(parts.dataset.shape) * math.log(2) if is_image else 1
+            )
+            summary = {"mean": float(error.mean()), "max": float(error.max(initial=0))}
             result[result_name("ode_error", config)] = {**summary, "unit": "bits/dim" if is_image else "nats"}
         if is_image and config.gaussian_baseline:
             seed = parts.config.seed
@@ -149,8 +150,9 @@ def _density(parts: Parts) -> Evaluator:
 
         rows = context.units("density", settings).run(math.ceil(len(points) / size), unit)
         arrays = {"x": points, "model_logp": np.concatenate([row["logp"] for row in rows]), "data": data}
-        result: dict[str, Any] = {}
-        if parts.dataset.log_prob is not None:
+        failed = int(np.sum(np.isnan(arrays["model_logp"])))
+        result: dict[str, Any] = {"density": evaluation.failures(failed)} if failed else {}
+        if parts.dataset.log_prob is not None and not failed:
             arrays["true_logp"] = parts.dataset.log_prob(points)
             result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], cell)
             if sde_density is not None:

@@ -24,6 +24,7 @@ CANNOT_MATTER = (
     "snapshot_freq_for_preemption",
     "snapshot_minutes_for_preemption",
     "snapshot_sampling",
+    "matmul_precision",
     "max_bad_steps",
     "init_from",
     "init_optimizer",

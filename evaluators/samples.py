@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`eval.enable_sampling`: samples of the model and, of images (`eval.enable_metrics`), their IS, FID and KID."""
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 import evaluation
 import report
 import sampling
-from errors import UserError
 from evaluators.context import Context, Evaluator, round_up, settings_except
 from evaluators.dequantized import Dequantizer
 from parts import Parts, shard
@@ -19,6 +21,12 @@ from parts import Parts, shard
 CANNOT_MATTER = {
     "ode": ("predictor", "corrector", "n_steps_each", "probability_flow", "snr"),
     "pc": ("rtol", "atol"),
+}
+
+# Why a sample failed, and what to do.
+FAILURE = {
+    "ode": "its ODE reached the step limit or a state that is not finite; loosen sampling.rtol/atol",
+    "pc": "its state is not finite; raise model.num_scales or lower sampling.snr",
 }
 
 
@@ -32,7 +40,8 @@ def sampler(parts: Parts):
     )
 
     def fn(params, model_state, keys):
-        return sample(parts.score_fn(params, model_state), keys)
+        with jax.default_matmul_precision(parts.config.sampling.matmul_precision):
+            return sample(parts.score_fn(params, model_state), keys)
 
     p_fn = jax.pmap(fn, axis_name="batch", devices=jax.local_devices())
 
@@ -48,9 +57,9 @@ def sample_keys(seed: int, index: np.ndarray) -> np.ndarray:
     return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.PRNGKey(seed), index))
 
 
-def count_failed(samples: np.ndarray) -> int:
-    """Samples that the solver gave up on."""
-    return int(np.sum(~np.isfinite(samples).reshape(len(samples), -1).all(axis=1)))
+def is_whole(samples: np.ndarray) -> np.ndarray:
+    """Of each sample [b], that the sampler did not give up on it."""
+    return np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
 
 
 def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
@@ -58,7 +67,8 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
     size, count = min(config.batch_size, round_up(config.num_samples)), config.num_samples
     draw = sampler(parts)
     name = _name(parts.config.sampling)
-    settings = settings_except(parts.config.sampling, *CANNOT_MATTER[parts.config.sampling.method.lower()])
+    method = parts.config.sampling.method.lower()
+    settings = settings_except(parts.config.sampling, *CANNOT_MATTER[method])
     metrics = _metrics(parts) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
 
     def evaluate(context: Context) -> dict[str, Any]:
@@ -66,23 +76,31 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
             # always a whole round: Langevin's step size is a mean over it
             keys = sample_keys(parts.config.seed + 1, np.arange(k * size, (k + 1) * size))
             x, nfe = draw(context.params, context.model_state, keys)
-            if failed := count_failed(x):
-                raise UserError(
-                    f"the sampling ODE failed on {failed} of {len(x)} samples: it reached its step limit or a "
-                    "non-finite state; loosen sampling.rtol/atol, or train further"
-                )
-            return {"samples": np.round(np.clip(x, 0, 1) * 255).astype(np.uint8) if is_image else x, "nfe": nfe}
+            whole = is_whole(x)
+            if not whole.all():
+                failed = f"{np.sum(~whole)} of {len(x)} samples"
+                logging.warning("the sampler (%s) failed on %s: %s, or train further", name, failed, FAILURE[method])
+            x = np.round(np.clip(x[whole], 0, 1) * 255).astype(np.uint8) if is_image else x[whole]
+            return {"samples": x, "nfe": nfe, "whole": whole}
 
         units = context.units("samples", {"size": size, **settings})
         rows = units.run(math.ceil(count / size), unit, "sampling")
-        samples, nfe = (np.concatenate([row[key] for row in rows])[:count] for key in ("samples", "nfe"))
-        context.write("samples", samples=samples)
-        if is_image and jax.process_index() == 0:
-            report.save_image_grid(context.file("samples", "png"), samples[:64])
-        facts = {"method": name, "num_samples": len(samples), "nfe": float(nfe.mean())}
-        result: dict[str, Any] = {"sampling": {**facts, "settings": settings}}
+
+        def samples(k: int) -> np.ndarray:
+            """Of unit k; the last one may hold more than were asked for."""
+            row = rows[k]
+            return row["samples"][: np.sum(row["whole"][: count - k * size])]
+
+        nfe, whole = (np.concatenate([row[key] for row in rows])[:count] for key in ("nfe", "whole"))
+        num_samples = int(whole.sum())
+        context.write_rows("samples", num_samples, map(samples, range(len(rows))))
+        if is_image and num_samples and jax.process_index() == 0:
+            shown = itertools.islice((image for k in range(len(rows)) for image in samples(k)), 64)
+            report.save_image_grid(context.file("samples", "png"), np.stack(list(shown)))
+        facts = {"method": name, "num_samples": num_samples, **evaluation.failures(count - num_samples)}
+        result: dict[str, Any] = {"sampling": {**facts, "nfe": float(nfe.mean()), "settings": settings}}
         if metrics is not None:
-            result |= metrics(context, samples, {"size": size, "count": count, **settings})
+            result |= metrics(context, samples, len(rows), {"size": size, "count": count, **settings})
         return result
 
     return evaluate
@@ -95,23 +113,20 @@ def _name(sampling_config: Any) -> str:
 
 
 def _metrics(parts: Parts):
-    """(context, samples uint8 [N, H, W, C], what they are) -> IS, FID and KID, features computed in units."""
+    """(context, samples of unit k uint8 [b, H, W, C], number of units, what they are) -> IS, FID and KID."""
     config = parts.config.eval
     features = evaluation.load_features(config.inception_path)
     statistics = evaluation.load_statistics(
         evaluation.statistics_path(parts.config.data, config.stats_path), parts.config.data
     )
 
-    def compute(context: Context, samples: np.ndarray, facts: dict[str, Any]) -> dict[str, Any]:
-        size = facts["size"]
-
+    def compute(context: Context, samples: Callable, num_units: int, facts: dict[str, Any]) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
-            images = samples[k * size : (k + 1) * size]
-            pool_3, logits = features.fn(images, config.inception_batch_size)
+            pool_3, logits = features.fn(samples(k), config.inception_batch_size)
             return {"pool_3": pool_3, "logits": logits}
 
         units = context.units("features", {**facts, "features": features.hash})
-        rows = units.run(math.ceil(len(samples) / size), unit, "features of the samples")
+        rows = units.run(num_units, unit, "features of the samples")
         pool_3, logits = (np.concatenate([row[key] for row in rows]) for key in ("pool_3", "logits"))
         return evaluation.sample_metrics(features, statistics, pool_3, logits, config)
 

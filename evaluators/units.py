@@ -4,7 +4,7 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,38 @@ from jax.experimental import multihost_utils
 
 from errors import UserError
 from runtime.records import write_npz
+
+# What a unit's numbers are made by: modules and folders of the project.
+_CODE = (
+    *("datasets", "dequantization", "diagnostics", "evaluation", "fokker_planck", "inception", "likelihood", "losses"),
+    *("ode", "parts", "sampling", "sde_lib", "evaluators", "models", "sources"),
+)
+
+
+def code_digest() -> str:
+    """Of the sources that a unit's numbers depend on: units that other code made are not read back."""
+    root, sha = Path(__file__).parent.parent, hashlib.sha256()
+    files = [path for name in _CODE for path in (root / f"{name}.py", *(root / name).rglob("*.py")) if path.is_file()]
+    for path in sorted(files):
+        sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:12]
+
+
+class Rows(Sequence[dict[str, np.ndarray]]):
+    """Finished units, each read from disk when asked for, so that no more than one is in memory at a time."""
+
+    def __init__(self, read: Callable[[int], dict[str, np.ndarray] | None], count: int):
+        self._read, self._count = read, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, k: Any) -> dict[str, np.ndarray]:
+        if not 0 <= k < self._count:
+            raise IndexError(k)
+        if (row := self._read(k)) is None:
+            raise UserError(f"unit {k} of this evaluation was damaged meanwhile; run it again, it goes on from there")
+        return row
 
 
 class Units:
@@ -28,10 +60,8 @@ class Units:
         self._folder = root / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self._name = name
 
-    def run(
-        self, count: int, compute: Callable[[int], dict[str, np.ndarray]], label: str = ""
-    ) -> list[dict[str, np.ndarray]]:
-        """What `compute(k)` gives for k = 0 .. count - 1: read where it is on disk, else computed and written.
+    def run(self, count: int, compute: Callable[[int], dict[str, np.ndarray]], label: str = "") -> "Rows":
+        """What `compute(k)` gives for k = 0 .. count - 1, each computed and written unless it is on disk.
 
         Unit k falls to process k mod the number of processes; all return all units. UserError if one that another
         process did is not to be seen: the hosts must share the folder.
@@ -47,12 +77,10 @@ class Units:
                 logging.info("%s: %d of %d", label, done, len(todo))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(str(self._folder))
-        results = []
         for k in range(count):
-            if (unit := self._read(k)) is None:
+            if not self._path(k).exists():
                 raise UserError(f"{self._path(k)} is missing: --workdir must be a folder that all hosts share")
-            results.append(unit)
-        return results
+        return Rows(self._read, count)
 
     def _path(self, k: int) -> Path:
         return self._folder / f"{k:06d}.npz"

@@ -64,8 +64,15 @@ def record(directory: Path, config: Config, step: int) -> None:
     path = directory / "run.json"
     launches = read_json(path)["launches"] if path.exists() else []
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    launches.append({"started": now, "step": step, "command": shlex.join(sys.argv), **environment()})
+    facts = {"started": now, "step": step, "command": shlex.join(sys.argv), "precision": precision(config)}
+    launches.append({**facts, **environment()})
     write_json(path, {"launches": launches})
+
+
+def precision(config: Config) -> str:
+    """Of matrix products, by what they are for."""
+    training, sampling = config.training.matmul_precision, config.sampling.matmul_precision
+    return f"training {training}, samples {sampling}, likelihoods and test losses float32"
 
 
 def log_start(parts: Parts, state: losses.TrainState, what: str, n_iters: int) -> None:
@@ -97,6 +104,7 @@ def _facts(parts: Parts, state: losses.TrainState, batch_size: int) -> dict[str,
         "devices": f"batch {batch_size} on {devices}: {kinds}",
         "data": f"{len(dataset.train):,} training and {len(dataset.test):,} test examples of {shape}",
         "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
+        "products": precision(parts.config),
     }
 
 

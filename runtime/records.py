@@ -4,6 +4,7 @@
 import itertools
 import json
 import math
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,23 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
+    temporary.replace(path)
+
+
+def write_npz_rows(path: Path, name: str, count: int, chunks: Iterable[np.ndarray]) -> None:
+    """As `write_npz`, of one array [count, ...] whose rows come in chunks [n, ...]: one is in memory at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with (
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open(f"{name}.npy", "w", force_zip64=True) as file,
+    ):
+        for i, chunk in enumerate(chunks):
+            if i == 0:
+                descr = np.lib.format.dtype_to_descr(chunk.dtype)
+                header = {"descr": descr, "fortran_order": False, "shape": (count, *chunk.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(chunk).data)
     temporary.replace(path)
 
 

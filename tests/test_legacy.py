@@ -249,7 +249,7 @@ def start(parts, workdir):
     """State and record that `run_lib.train` begins with."""
     state = parts.init_state()
     resumed = run_lib._resume(parts.config, workdir, state)
-    return resumed or (run_lib._init_from(parts.config.training, state), {})
+    return resumed or (run_lib._init_from(parts.config.training, state)[0], {})
 
 
 def test_starts_from_a_file_and_exports_it_again(tiny, tmp_path):

@@ -18,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoints
 import datasets
 import loop
+import losses
 import run_lib
+import sampling
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
 from runtime import trackers
@@ -170,6 +172,89 @@ def test_a_resume_may_change_what_is_free(tmp_path):
     config = tiny_mixture(n_iters=4, score_matching_order=2)
     config.optim.lr = 1e-4
     assert int(run_lib.train(config, tmp_path).step) == 4
+
+
+def test_a_resume_may_change_the_steps_of_a_call(tmp_path):
+    """Stopped at step 7 of single steps, then 10 a call: nothing that is due every 10 steps is missed."""
+    every = {"log_freq": 10, "eval_freq": 10, "snapshot_freq": 10, "snapshot_freq_for_preemption": 10}
+    run_lib.train(tiny_mixture(n_iters=30, **every), tmp_path / "whole")
+    run_lib.train(tiny_mixture(n_iters=7, **every), tmp_path / "parts")
+    assert lines(tmp_path / "parts") == []
+    run_lib.train(tiny_mixture(n_iters=30, n_jitted_steps=10, **every), tmp_path / "parts")
+    whole, parts = (lines(tmp_path / run) for run in ("whole", "parts"))
+    assert [(row["step"], row["split"]) for row in parts] == [(n, s) for n in (10, 20, 30) for s in ("train", "eval")]
+    for a, b in zip(whole, parts, strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        np.testing.assert_allclose([b["loss"], b["first"]], [a["loss"], a["first"]], rtol=1e-4)
+    for folder, numbers in (("checkpoints", [1, 2, 3]), ("checkpoints-meta", [20, 30])):
+        assert checkpoints.all_numbers(tmp_path / "parts" / folder) == numbers
+    states = [checkpoints.restore(tmp_path / run / "checkpoints/checkpoint_3").state for run in ("whole", "parts")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *states)
+
+
+def test_fine_tuning_replays_no_randomness_of_its_base(tmp_path, monkeypatch):
+    """Orders that start from one checkpoint see the same examples and draws, and other ones than the base did."""
+    real, given = datasets.train_loader, []
+
+    def loader(*args, **kwargs):
+        inner = real(*args, **kwargs)
+
+        class Wrapper:
+            get_state, set_state = inner.get_state, inner.set_state
+
+            def __next__(self):
+                batch = next(inner)
+                given[-1].append(batch["index"].tolist())
+                return batch
+
+        given.append([])
+        return Wrapper()
+
+    monkeypatch.setattr(datasets, "train_loader", loader)
+    base = run_lib.train(tiny_mixture(n_iters=4), tmp_path / "base")
+    path = str(tmp_path / "base/checkpoints/checkpoint_1")
+    states = {}
+    for name, options in (("one", {}), ("two", {"score_matching_order": 2}), ("on", {"init_optimizer": True})):
+        n_iters = 8 if name == "on" else 4
+        states[name] = run_lib.train(tiny_mixture(n_iters=n_iters, init_from=path, **options), tmp_path / name)
+    base_rows, *children = given
+    assert children[0][:4] == children[1][:4] == children[2][:4]
+    assert not {tuple(sorted(row)) for row in base_rows} & {tuple(sorted(row)) for row in children[0]}
+    keys = [states[name].key.tolist() for name in ("one", "two", "on")]
+    assert keys[0] == keys[1] == keys[2] != base.key.tolist()
+    grandchild = tiny_mixture(n_iters=4, init_from=str(tmp_path / "one/checkpoints/checkpoint_1"))
+    run_lib.train(grandchild, tmp_path / "grandchild")
+    assert len({str(rows[:4]) for rows in (base_rows, given[1], given[-1])}) == 3
+    # a resumed one goes on in its own order, the file that it started from gone
+    parts = tiny_mixture(n_iters=2, init_from=path)
+    run_lib.train(parts, tmp_path / "parts")
+    parts.training.update(n_iters=4, init_from="gone")
+    resumed = run_lib.train(parts, tmp_path / "parts")
+    jax.tree.map(np.testing.assert_array_equal, resumed, states["one"])
+
+
+@pytest.mark.parametrize("precision", ["default", "float32"])
+def test_matrix_products_are_as_precise_as_the_config_says(tmp_path, monkeypatch, precision):
+    """What the trace of each program sees; test losses are always in float32."""
+    seen = {}
+
+    def watched(name, original):
+        def call(*args, **kwargs):
+            seen.setdefault(name, set()).add(jax.config.jax_default_matmul_precision)
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(jax, "grad", watched("training", jax.grad))
+    monkeypatch.setattr(sampling, "ode_sampler", watched("samples", sampling.ode_sampler))
+    monkeypatch.setattr(losses, "dsm_losses", watched("losses", losses.dsm_losses))
+    config = tiny_mixture(n_iters=4, snapshot_sampling=True, matmul_precision=precision)
+    config.sampling.matmul_precision = precision
+    run_lib.train(config, tmp_path)
+    assert seen == {"training": {precision}, "samples": {precision}, "losses": {precision, "float32"}}
+    (launched,) = json.loads((tmp_path / "run.json").read_text())["launches"]
+    told = f"training {precision}, samples {precision}, likelihoods and test losses float32"
+    assert launched["precision"] == told and told in (tmp_path / "report/report.html").read_text()
 
 
 def events(workdir):
