@@ -2,6 +2,7 @@
 """What both jobs are built from: the config made into a process, data, a network and an optimiser."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from configs.check import check_config, flatten
 from errors import UserError
 from models import flowpp
 from models.score import get_score_fn
+
+MAX_EXACT_DIM = 1024  # above which an exact Jacobian is refused
 
 Config = Any  # an ml_collections.ConfigDict, whose keys have no types
 
@@ -89,6 +92,7 @@ def build(config: Config) -> Parts:
     sde, model, optimizer = sde_lib.from_config(config), models.create_model(config), losses.get_optimizer(config.optim)
     dataset = datasets.load(config.data)
     _check_kind(config, model, dataset)
+    _check_exact(config, dataset)
     return Parts(config, sde, dataset, model, optimizer)
 
 
@@ -106,6 +110,22 @@ def _check_kind(config: Config, model: nn.Module, dataset: datasets.Dataset) -> 
             f"eval.dequantizer=True with data.dataset={config.data.dataset!r}: points are continuous; "
             "set eval.dequantizer=False"
         )
+
+
+def _check_exact(config: Config, dataset: datasets.Dataset) -> None:
+    """UserError if an exact Jacobian is asked for in so many dimensions that it would not end or not fit."""
+    dim, order = math.prod(dataset.shape), config.training.score_matching_order
+    asked = {
+        "training.exact_jacobian=True": config.training.exact_jacobian and order > 1,
+        "eval.hutchinson_type='exact'": config.eval.hutchinson_type == "exact",
+    }
+    for what, is_asked in asked.items():
+        if is_asked and dim > MAX_EXACT_DIM:
+            raise UserError(
+                f"{what} with the {dim} dimensions of data.dataset={config.data.dataset!r}: {dim} passes of the "
+                f"network and {dim**2:,} numbers ({dim**2 / 2**18:.3g} MiB) an example; above {MAX_EXACT_DIM} "
+                "dimensions use a probe (exact_jacobian=False, hutchinson_type=rademacher)"
+            )
 
 
 def all_devices() -> list:

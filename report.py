@@ -185,7 +185,7 @@ def _text(value: Any, unit: str = "") -> str:
     """A number, a mean with its standard error, or any other dictionary, as text."""
     if isinstance(value, dict) and "stderr" in value and "mean" in value:
         unit, n = value.get("unit", unit), value.get("num_examples")
-        incomplete = f", incomplete: {failed:,} more failed" if (failed := value.get("num_failed")) else ""
+        incomplete = f", incomplete: {failed:,} failed" if (failed := value.get("num_failed")) else ""
         count = f" ({n:,} examples{incomplete})" if n or incomplete else ""
         return f"{plus_minus(value['mean'], value['stderr'])} {unit}{count}"
     if isinstance(value, dict):

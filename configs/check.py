@@ -164,6 +164,25 @@ RULES: dict[str, Rule] = {
 }
 
 
+_POINTS = ("mog", "checkerboard", "swissroll")
+# Options that do nothing where they stand, and are refused there unless they have their default: what is so, the keys.
+# The shape of another network or the constants of another process are no options: config files hold them.
+INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"model.name": "mlp"}, ("model.remat", "model.dtype")),
+    ({"model.name": "ncsnpp"}, ("model.num_layers", "model.sigma_data")),
+    *(({"data.dataset": name}, ("data.dir", "data.centered", "eval.gaussian_baseline")) for name in _POINTS),
+    *(({"data.dataset": name}, ("data.dim",)) for name in (*_POINTS[1:], "DIGITS", "CIFAR10")),
+    *(({"data.dataset": name}, ("data.category",)) for name in (*_POINTS, "DIGITS", "FASHION_MNIST", "CIFAR10")),
+    ({"data.dataset": "DIGITS"}, ("data.dir",)),
+    ({"sampling.method": "ode"}, ("sampling.probability_flow",)),
+    ({"sampling.method": "pc", "sampling.predictor": "none"}, ("sampling.probability_flow",)),
+    ({"sampling.method": "pc", "sampling.corrector": "none"}, ("sampling.n_steps_each",)),
+    ({"eval.ode_solver": "rk45"}, ("eval.ode_steps",)),
+    ({"eval.ode_solver": "adams"}, ("eval.ode_variables", "eval.ode_lanes")),
+    ({"eval.bound": True, "eval.dsm": False}, ("eval.num_probes",)),
+]
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{'training.batch_size': 128, ...} of a nested config."""
     flat = {}
@@ -185,6 +204,10 @@ def _same(a: Any, b: Any) -> bool:
     return list(a) == list(b) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else a == b
 
 
+def _same_name(a: Any, b: Any) -> bool:
+    return a.lower() == b.lower() if isinstance(a, str) else a == b
+
+
 def check_key(key: str) -> None:
     """UserError, with the nearest key that exists, if a config has no such key as 'training.batch_size'."""
     known = flatten(get_default_configs())
@@ -203,6 +226,12 @@ def check_config(config: ConfigDict) -> None:
     for key in default:
         if key not in flat:
             raise UserError(f"config key {key!r} is missing; start from configs/default_configs.py")
+    for scene, keys in INERT:
+        if all(_same_name(flat[key], value) for key, value in scene.items()):
+            for key in keys:
+                if not _same(flat[key], default[key]):
+                    where = " and ".join(f"{name}={value!r}" for name, value in scene.items())
+                    raise UserError(f"{key}={flat[key]!r} does nothing with {where}; leave it at {default[key]!r}")
     for conflicts in (_training_conflicts, _model_conflicts, _sampling_conflicts, _eval_conflicts):
         for complaint in conflicts(flat):
             raise UserError(complaint)

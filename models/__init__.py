@@ -62,6 +62,7 @@ def _mlp(config: Any) -> MLP:
         width=model.nf,
         num_layers=model.num_layers,
         activation=model.nonlinearity.lower(),
+        dropout=float(model.dropout),
     )
 
 

@@ -26,6 +26,7 @@ class MLP(nn.Module):
     width: int
     num_layers: int
     activation: str
+    dropout: float = 0.0
 
     conditioning = "time"
     predicts_score = False
@@ -33,7 +34,6 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"], t: Float[Array, "B"], train: bool = False) -> Float[Array, "B D"]:
-        del train  # there is no dropout
         act = get_activation(self.activation)
         sigma, signal = self.sde.sigma(t)[:, None], self.sigma_data * jnp.exp(self.sde.log_alpha(t))[:, None]
         std = jnp.sqrt(signal**2 + sigma**2)
@@ -46,5 +46,6 @@ class MLP(nn.Module):
         h = x / std
         for _ in range(self.num_layers):
             h = act(dense(self.width)(h) + dense(self.width)(temb))
+            h = nn.Dropout(self.dropout)(h, deterministic=not train)
         correction = dense(x.shape[-1], init_scale=0.0)(h)
         return sigma / std**2 * x + signal / std * correction

@@ -15,7 +15,7 @@ import models
 import sampling
 import sde_lib
 from configs import check
-from configs.check import RULES, check_config, flatten
+from configs.check import INERT, RULES, check_config, flatten
 from configs.default_configs import get_default_configs
 from errors import UserError
 from models import ncsnpp
@@ -235,3 +235,23 @@ def test_too_few_steps_are_nan_where_the_check_says_so(sde, predictor, corrector
         snr=0.1,
     )
     assert np.isfinite(x).all() == passes(config)
+
+
+# another value of a key that holds text
+OTHER = {"model.dtype": "bfloat16", "eval.ode_variables": "log_snr", "data.category": "church", "data.dir": "/data"}
+
+
+def another(key):
+    default = flatten(get_default_configs())[key]
+    if key in OTHER:
+        return OTHER[key]
+    return not default if isinstance(default, bool) else default + 2 if isinstance(default, int) else default * 1.5
+
+
+@pytest.mark.parametrize(("scene", "keys"), INERT, ids=str)
+def test_options_that_do_nothing_where_they_stand_are_refused(scene, keys):
+    check_config(changed(**scene))
+    for key in keys:
+        message = complaint(**scene, **{key: another(key)})
+        assert message.startswith(f"{key}={another(key)!r} does nothing with ") and "leave it at" in message
+        assert all(f"{name}={value!r}" in message for name, value in scene.items())

@@ -213,6 +213,26 @@ def test_a_new_data_set_with_the_wrong_network_is_one_line(monkeypatch, is_image
     assert complaint in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "order"), [("training.exact_jacobian", True, 2), ("eval.hutchinson_type", "exact", 1)]
+)
+def test_an_exact_jacobian_of_a_large_image_is_refused(monkeypatch, key, value, order):
+    examples = np.zeros((4, 32, 32, 3), np.uint8)
+    data = datasets.Dataset("new", (32, 32, 3), True, examples, examples)
+    monkeypatch.setitem(datasets._DATASETS, "new", lambda config: data)
+    config = tiny_digits(score_matching_order=order)
+    config.data.update(dataset="new", image_size=32, num_channels=3)
+    run_lib.build(config)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError) as error:
+        run_lib.build(config)
+    message = str(error.value)  # 3072^2 float32 are 36 MiB
+    assert f"{key}={value!r} with the 3072 dimensions" in message and "9,437,184 numbers (36 MiB) an example" in message
+    assert "\n" not in message
+    config.update(data={"dataset": "DIGITS", "image_size": 8, "num_channels": 1})
+    run_lib.build(config)  # 64
+
+
 def test_unknown_and_mistyped_keys():
     config = tiny_digits()
     config.training.bach_size = 3
