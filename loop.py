@@ -38,7 +38,9 @@ class Job(NamedTuple):
     p_step: "Steps"
     n_iters: int
     eval_fn: Callable[[losses.TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]  # means, of each example [b]
-    on_snapshot: Callable[[losses.TrainState, int], bytes] | None = None  # draws and saves samples; their picture
+    on_snapshot: Callable[[losses.TrainState, int], bytes | None] | None = (
+        None  # saves samples; the first host's picture
+    )
     facts: dict[str, Any] | None = None  # to be saved with each checkpoint
     snapshot_number: Callable[[int], int] = lambda step: step
 
@@ -124,8 +126,8 @@ class _Loop:
                 if snapshot:
                     self._save("checkpoints", job.snapshot_number(self.step), keep=0)
                     self._track_snapshot(per_example)
-            due = clock.minutes_since_save() >= training.snapshot_minutes_for_preemption > 0
-            stopping = stop.agreed() and not final
+            stopping, due = stop.agreed(clock.minutes_since_save() >= training.snapshot_minutes_for_preemption > 0)
+            stopping = stopping and not final
             if self.step % training.snapshot_freq_for_preemption == 0 or final or due or stopping:
                 path = self._save("checkpoints-meta", self.step, keep=2)
                 clock.saved()
@@ -137,11 +139,12 @@ class _Loop:
         return first(self.state)
 
     def _track_snapshot(self, per_example: dict[str, np.ndarray]) -> None:
-        """Histograms of the losses of the first host's test examples, and samples."""
+        """Histograms of the losses of the first host's test examples, and samples, which all hosts draw."""
+        picture = self.job.on_snapshot(self.state, self.step) if self.job.on_snapshot is not None else None
         if self.log is not None:
             self.log.histograms(self.step, "eval_examples", per_example)
-            if self.job.on_snapshot is not None:
-                self.log.image(self.step, "samples", "grid", self.job.on_snapshot(self.state, self.step))
+            if picture is not None:
+                self.log.image(self.step, "samples", "grid", picture)
 
     def _settle(self, allowed: int) -> None:
         """Reads the metrics of all but the last `allowed` calls; tells of skipped steps and may end the run."""

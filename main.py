@@ -127,12 +127,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def _abandon(message: str) -> None:
+def _abandon(message: str, error: Exception | None = None) -> None:
     """`hosts.abandon`, if this process has come as far as joining others."""
-    if "hosts" in sys.modules:
+    if "runtime.hosts" in sys.modules:
         from runtime import hosts
 
-        hosts.abandon(message)
+        hosts.abandon(hosts.LOST if hosts.is_loss(error) else message)
 
 
 _FAULTS_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
@@ -154,8 +154,8 @@ def one_line(fn):
             line = (
                 f"error: {where} cannot be written: {error.strerror}; make room or the folder writable, and run again"
             )
-        except Exception:
-            _abandon(traceback.format_exc())
+        except Exception as error:
+            _abandon(traceback.format_exc(), error)
             raise
         _abandon(line)
         sys.exit(line)

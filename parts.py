@@ -149,9 +149,9 @@ def first(tree):
 
 
 def on_this_host(x: jax.Array) -> np.ndarray:
-    """[local devices * b], of a pmap's result [devices, b]."""
+    """[local devices * b, ...], of a pmap's result [devices, b, ...]."""
     shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data).reshape(-1) for shard in shards])
+    return np.concatenate([np.asarray(shard.data).reshape(-1, *x.shape[2:]) for shard in shards])
 
 
 def shard(x: np.ndarray) -> np.ndarray:

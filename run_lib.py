@@ -27,7 +27,7 @@ from evaluators.dequantized import uniform, variational
 from evaluators.units import code_digest
 from models.flowpp import create_dequantizer
 from parts import Config, Parts, all_devices, build, dequantizer_state, digest, on_this_host, replicate, shard
-from runtime import launch
+from runtime import hosts, launch
 from runtime.locks import workdir_lock
 from runtime.records import read_json, write_json
 from snapshots import sample_saver
@@ -61,18 +61,24 @@ def _resume(
     fixed: config keys that may not differ from the checkpoint's, beside those of `check_resumed`. UserError if one
     does, or if the newest is a file of the public code.
     """
-    for folder in ("checkpoints-meta", "checkpoints"):
-        if (newest := checkpoints.newest_readable(directory / folder)) is not None:
-            path, restored = newest
-            if not restored.record:
-                raise UserError(
-                    f"{path} is of the public code, whose runs are not resumed: train in a new --workdir with "
-                    f"--config.training.init_from={path} (--mode train_deq: in a new --deq_folder, from the start)"
-                )
-            check_resumed(config, restored.record["config"], path, fixed)
-            logging.info("resuming from %s", path)
-            return checkpoints.into(target, restored.state, path), restored.record
-    return None
+    folders = [directory / "checkpoints-meta", directory / "checkpoints"]
+    newest = None
+    if jax.process_index() == 0:
+        newest = next(filter(None, map(checkpoints.newest_readable, folders)), None)
+    # The first host chooses: each for itself, they might take different ones while a file system is slow to show them.
+    chosen = -1 if newest is None else 2 * int(newest[0].name.rpartition("_")[2]) + folders.index(newest[0].parent)
+    if (chosen := hosts.number_of_first(chosen)) < 0:
+        return None
+    path = folders[chosen % 2] / f"checkpoint_{chosen // 2}"
+    restored = newest[1] if newest is not None else checkpoints.restore(path)
+    if not restored.record:
+        raise UserError(
+            f"{path} is of the public code, whose runs are not resumed: train in a new --workdir with "
+            f"--config.training.init_from={path} (--mode train_deq: in a new --deq_folder, from the start)"
+        )
+    check_resumed(config, restored.record["config"], path, fixed)
+    logging.info("resuming from %s", path)
+    return checkpoints.into(target, restored.state, path), restored.record
 
 
 def _init_from(training: Config, state: losses.TrainState) -> tuple[losses.TrainState, str]:
@@ -146,6 +152,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             state, parent = _init_from(training, state)
             resumed = state, {"parent": parent}
         state, record = resumed
+        hosts.check_same("config or state", _digest_of(config, state))
         launch.record(workdir, config, int(state.step))
         loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
         plain_loss_fn = losses.get_loss_fn(training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
@@ -195,6 +202,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
                 f"{directory} has a dequantiser of another score model than {path}; set another --deq_folder"
             )
         state, record = resumed or (_init_dequantizer(parts, model), {})
+        hosts.check_same("config or state", _digest_of(config, (state, frozen)))
         launch.record(directory, config, int(state.step))
 
         def loss_fn_of(frozen, train=True):
@@ -248,6 +256,11 @@ def _as_levels(data_config: Config) -> Config:
     levels = data_config.copy_and_resolve_references()
     levels.update(centered=False, uniform_dequantization=False)
     return levels
+
+
+def _digest_of(config: Config, tree: Any) -> str:
+    """Of all that the hosts must have in common; '' on a single one, where it costs nothing."""
+    return f"{config.to_json_best_effort()} {digest(tree)}" if jax.process_count() > 1 else ""
 
 
 def _run(job: loop.Job) -> losses.TrainState:
@@ -304,7 +317,9 @@ def evaluate(
         results, failed = [], []
         for number in numbers:
             path = checkpoints.find(workdir / "checkpoints", number, settings.wait_for_checkpoints_s)
+            path = path.with_name(f"checkpoint_{hosts.number_of_first(int(path.name.rpartition('_')[2]))}")
             context, result = _load(parts, target, path, out)
+            hosts.check_same("config or parameters", f"{config.to_json_best_effort()} {result}")
             for evaluator in evaluators:
                 result |= evaluator(context)
             failed += [f"checkpoint {context.number}: {text}" for text in _failures(result)]

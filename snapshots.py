@@ -6,32 +6,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 import losses
 import report
 from evaluators.samples import is_whole, sampler
-from parts import Parts, replicate
+from parts import Parts, all_devices
 from runtime.records import write_npz
 
 
-def sample_saver(parts: Parts, workdir: Path) -> Callable[[losses.TrainState, int], bytes]:
+def sample_saver(parts: Parts, workdir: Path) -> Callable[[losses.TrainState, int], bytes | None]:
     """(state, step) -> a picture of 64 images or 1,000 points, as a PNG; writes `samples/step_<step>` too.
 
-    Of images that file is the picture, of points it has the samples.
+    Of images that file is the picture, of points it has the samples. Every host draws its share, so that none waits
+    for another; the first one writes, and the others get None.
     """
     count = 64 if parts.dataset.is_image else 1000
-    draw = sampler(parts)
-    devices = jax.local_devices()
-    padded = math.ceil(count / len(devices)) * len(devices)
+    draw = sampler(parts, all_devices())
+    padded = math.ceil(count / jax.device_count()) * jax.device_count()
 
-    def save_samples(state: losses.TrainState, step: int) -> bytes:
-        params, model_state = jax.tree.map(lambda x: x.addressable_data(0)[0], (state.ema_params, state.model_state))
+    def save_samples(state: losses.TrainState, step: int) -> bytes | None:
+        index = np.arange(padded).reshape(jax.process_count(), -1)[jax.process_index()]
         keys = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), step)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, jnp.arange(padded))
-        samples, _ = draw(replicate(params, devices), replicate(model_state, devices), keys)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, index)
+        samples, _ = draw(state.ema_params, state.model_state, keys)
+        if jax.process_count() > 1:
+            samples = np.concatenate(multihost_utils.process_allgather(samples))
+        if jax.process_index() != 0:
+            return None
         samples, path = samples[:count], workdir / "samples" / f"step_{step:08d}"
         if failed := int(np.sum(~is_whole(samples))):
             logging.warning("the sampler failed on %d of %d samples of step %d", failed, len(samples), step)

@@ -15,7 +15,7 @@ import report
 import sampling
 from evaluators.context import Context, Evaluator, round_up, settings_except
 from evaluators.dequantized import Dequantizer
-from parts import Parts, shard
+from parts import Parts, on_this_host, shard
 
 # What of `config.sampling` the one kind of sampler does not read.
 CANNOT_MATTER = {
@@ -30,10 +30,11 @@ FAILURE = {
 }
 
 
-def sampler(parts: Parts):
-    """(params, model_state, keys [b, ...]) -> samples [b, ...], evaluations of the score [b], over local devices.
+def sampler(parts: Parts, devices: list | None = None):
+    """(params, model_state, keys [b, ...]) -> samples [b, ...], evaluations of the score [b], all of this host.
 
-    A sample is a function of its key (with Langevin's corrector: of all keys), not of the number of devices.
+    devices: that draw together, those of this host if they are not given; of several hosts each gives its own keys. A
+    sample is a function of its key (with Langevin's corrector: of all keys), not of the number of devices.
     """
     sample = sampling.get_sampling_fn(
         parts.config.sampling, parts.sde, parts.dataset.shape, parts.inverse_scaler, axis_name="batch"
@@ -43,11 +44,11 @@ def sampler(parts: Parts):
         with jax.default_matmul_precision(parts.config.sampling.matmul_precision):
             return sample(parts.score_fn(params, model_state), keys)
 
-    p_fn = jax.pmap(fn, axis_name="batch", devices=jax.local_devices())
+    p_fn = jax.pmap(fn, axis_name="batch", devices=devices or jax.local_devices())
 
     def call(params, model_state, keys):
         x, nfe = p_fn(params, model_state, shard(np.asarray(keys)))
-        return np.asarray(x).reshape(-1, *x.shape[2:]), np.asarray(nfe).reshape(-1)
+        return on_this_host(x), on_this_host(nfe)
 
     return call
 

@@ -1,12 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several hosts as one run, by `jax.distributed`."""
 
+import ctypes
+import hashlib
 import os
+import re
+import signal
 import sys
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from errors import UserError
+
+HEARTBEAT_S = 60  # without a sign of life, after which a host counts as dead
+LOST = (
+    "error: another host of this run has died or cannot be reached, so this one ends too; look at the others' output "
+    "and start all of them again, which goes on from the newest checkpoint"
+)
+_OF_A_LOSS = re.compile(
+    "Gloo .* failed|coordination service|Connection (reset|closed)|Socket closed|remote process exited", re.IGNORECASE
+)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _ON_ABORT(_: int) -> None:  # noqa: N802
+    """JAX aborts the process where it hears of a dead host first, in a thread of its own that no exception leaves."""
+    abandon(LOST)
 
 
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -32,11 +53,41 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     # Else two programs of a process may run at once on the CPU, and their sums over the hosts meet the wrong partners.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id, initialization_timeout=120)
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=120,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         where = coordinator_address or "the scheduler's coordinator"
         raise UserError(f"the other hosts of this run cannot be reached through {where}: {reason}") from error
+    ctypes.CDLL(None).signal(signal.SIGABRT, _ON_ABORT)
+
+
+def number_of_first(number: int) -> int:
+    """The first host's number, on all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+
+
+def check_same(what: str, digest: str) -> None:
+    """UserError, on every host, if they do not all have the same digest of what they are to have in common."""
+    if jax.process_count() == 1:
+        return
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(digest.encode()).digest(), np.uint8))
+    others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+    if others:
+        raise UserError(
+            f"process {', '.join(map(str, others))} of this run has {what} other than the first's; start all with the "
+            "same command, config and --workdir, which all must see"
+        )
+
+
+def is_loss(error: Exception | None) -> bool:
+    """Whether it is what a collective raises when another host has died."""
+    return isinstance(error, (ValueError, RuntimeError)) and bool(_OF_A_LOSS.search(str(error)))
 
 
 def abandon(message: str) -> None:

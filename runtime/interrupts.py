@@ -21,6 +21,7 @@ class StopRequest:
         self.signal = ""
         self._previous = {}
         self._sums: collections.deque = collections.deque()
+        self._already = 0  # of the sums that are under way, those from before the save that was agreed last
         self._sum = jax.pmap(lambda flag: jax.lax.psum(flag, "hosts"), axis_name="hosts")
 
     def __enter__(self):
@@ -39,15 +40,21 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> bool:
-        """To be called once after each step, by all hosts."""
+    def agreed(self, due: bool) -> tuple[bool, bool]:
+        """To stop, and to save, after this step; to be called once after each, by all hosts.
+
+        due: a save is, by the first host's clock; what the others say of it counts for nothing. Once agreed, it is not
+        asked for again by what that host had said meanwhile.
+        """
         if jax.process_count() == 1:
-            return bool(self.signal)
-        flag = np.full(jax.local_device_count(), float(bool(self.signal)), np.float32)
-        self._sums.append(self._sum(jnp.asarray(flag)))
+            return bool(self.signal), due
+        flags = np.array([bool(self.signal), due and jax.process_index() == 0], np.float32)
+        self._sums.append(self._sum(jnp.asarray(np.stack([flags] * jax.local_device_count()))))
         if len(self._sums) <= 2:
-            return False
-        stop = float(np.asarray(self._sums.popleft().addressable_data(0)).reshape(-1)[0]) > 0
+            return False, False
+        stop, due = (np.asarray(self._sums.popleft().addressable_data(0)).reshape(-1) > 0).tolist()
         if stop and not self.signal:
             self.signal = "a signal to another host"
-        return stop
+        due = due and not self._already
+        self._already = len(self._sums) if due else max(0, self._already - 1)
+        return stop, due

@@ -16,6 +16,8 @@ MIDDLE |= {"dequantization", "diagnostics", "runtime.records"}
 
 PLOTS = {"plots.canvas", "plots.fisher_curves", "plots.run_files"}
 
+RUNTIME_OF_RUNS = {"runtime.locks", "runtime.launch", "runtime.hosts"}
+
 # module -> the project's modules that it may import
 ALLOWED = {
     "errors": set(),
@@ -53,7 +55,7 @@ ALLOWED = {
     "loop": LOW | MIDDLE | {"parts"} | {f"runtime.{name}" for name in ("interrupts", "launch", "programs", "trackers")},
     "evaluators": LOW | MIDDLE | {"parts", "evaluators", "fokker_planck"},
     "snapshots": LOW | MIDDLE | {"parts", "evaluators"},
-    "run_lib": LOW | MIDDLE | {"parts", "evaluators", "loop", "runtime.locks", "runtime.launch", "snapshots"},
+    "run_lib": LOW | MIDDLE | {"parts", "evaluators", "loop", "snapshots"} | RUNTIME_OF_RUNS,
     "runtime.hosts": LOWEST,
     "runtime.usage": set(),
     "runtime.console": LOWEST,

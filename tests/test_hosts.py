@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,13 +11,21 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import checkpoints
+from runtime import hosts
+from runtime.interrupts import StopRequest
 from tests.test_interruptions import ENVIRONMENT, FLAGS, ROOT, command, finish, wait_until
 
 TRAIN = {"training.n_iters": 8, "training.snapshot_freq": 4, "training.snapshot_freq_for_preemption": 4}
 TRAIN |= {"training.log_freq": 2, "training.eval_freq": 4, "training.score_matching_order": 2}
+TRAIN |= {"training.snapshot_sampling": True}
 EVAL = {"eval.enable_loss": True, "eval.num_repeats": 2, "eval.num_samples": 20}
+
+
+ENDLESS = {**TRAIN, "training.n_iters": 100_000, "training.snapshot_freq": 100_000, "training.score_matching_order": 1}
+ENDLESS |= {"training.snapshot_freq_for_preemption": 100_000}
 
 
 def free_port():
@@ -30,7 +39,11 @@ def environment(devices):
 
 
 def start_two(mode, workdir, devices=1, **overrides):
-    flags = [f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    return start_at_once(mode, [workdir, workdir], devices, **overrides)
+
+
+def start_at_once(mode, workdirs, devices=1, **overrides):
+    flags = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={len(workdirs)}"]
     return [
         subprocess.Popen(
             [*command(mode, workdir, **overrides), *flags, f"--process_id={k}"],
@@ -40,7 +53,7 @@ def start_two(mode, workdir, devices=1, **overrides):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for k in range(2)
+        for k, workdir in enumerate(workdirs)
     ]
 
 
@@ -74,6 +87,8 @@ def assert_same_training(workdir, single):
     for a, b in zip(metrics(workdir), metrics(single), strict=True):
         assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
         np.testing.assert_allclose([a[k] for k in ("loss", "first")], [b[k] for k in ("loss", "first")], rtol=1e-4)
+    one, other = (np.asarray(Image.open(run / "samples/step_00000008.png"), float) for run in (workdir, single))
+    assert np.abs(one - other).mean() < 1  # of 255: a random image differs by some 80
 
 
 @pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -114,9 +129,7 @@ def test_two_hosts_train_resume_and_evaluate(tmp_path, single):
 @pytest.mark.slow
 def test_a_signal_to_one_host_stops_both_after_the_same_step(tmp_path):
     workdir = tmp_path / "run"
-    long = {**TRAIN, "training.n_iters": 100_000, "training.snapshot_freq": 100_000}
-    long |= {"training.snapshot_freq_for_preemption": 100_000, "training.score_matching_order": 1}
-    processes = start_two("train", workdir, 1, **long)
+    processes = start_two("train", workdir, 1, **ENDLESS)
     assert wait_until(lambda: (workdir / "metrics.jsonl").exists() and len(metrics(workdir)) > 4, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=100)[0] for process in processes]
@@ -124,6 +137,49 @@ def test_a_signal_to_one_host_stops_both_after_the_same_step(tmp_path):
     (step,) = checkpoints.all_numbers(workdir / "checkpoints-meta")
     assert f"stopped by a signal to another host after step {step}" in outputs[0]
     assert f"stopped by SIGTERM after step {step}" in outputs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_host_ends_the_others_with_one_line(tmp_path, victim):
+    """At once where they meet in a collective; else within `hosts.HEARTBEAT_S`."""
+    workdir = tmp_path / "run"
+    processes = start_two("train", workdir, 1, **ENDLESS)
+    assert wait_until(lambda: (workdir / "metrics.jsonl").exists() and len(metrics(workdir)) > 4, processes[0])
+    processes[victim].kill()
+    output, _ = processes[1 - victim].communicate(timeout=hosts.HEARTBEAT_S + 30)
+    processes[victim].communicate()
+    assert processes[1 - victim].returncode == 1
+    assert output.splitlines()[-1] == hosts.LOST and "Traceback" not in output
+
+
+def test_hosts_that_read_different_parameters_end_with_one_line(tmp_path, single):
+    """Two folders that claim to be one: the checkpoint of the second has the same number, but another weight."""
+    for k in range(2):
+        shutil.copytree(single / "checkpoints", tmp_path / str(k) / "checkpoints")
+    path = tmp_path / "1" / "checkpoints/checkpoint_2"
+    state, record = checkpoints.restore(path)
+    state["params"]["Conv_0"]["bias"][0] += 1e-3
+    checkpoints.save(path.parent, state, 2, record)
+    longer = {**TRAIN, "training.n_iters": 12}
+    for process in start_at_once("train", [tmp_path / "0", tmp_path / "1"], **longer):
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 1
+        assert "error: process 1 of this run has config or state other than the first's" in output.splitlines()[-1]
+
+
+def test_a_save_is_due_by_the_clock_of_the_first_host(monkeypatch):
+    """Agreed once, two steps after it was asked for, however often that host says so meanwhile. A signal is anyone's."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index, saves in ((0, [2, 7]), (1, [])):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        request = StopRequest()
+        due = [True] * 3 + [False] * 2 + [True] * 3 + [False] * 4  # true until it was saved
+        answers = [request.agreed(step) for step in due]
+        assert [i for i, (_, save) in enumerate(answers) if save] == saves
+        assert not any(stop for stop, _ in answers)
+        request.signal = "SIGTERM"
+        assert [request.agreed(False)[0] for _ in range(3)] == [False, False, True]
 
 
 @pytest.mark.parametrize(
