@@ -210,7 +210,7 @@ def maps(densities: dict[str, dict[str, np.ndarray]]):
     figure, axes = panels(1, 1 + len(densities), 2.8, 3.0)
     models = {LABELS[v]: (*grid, np.exp(a["model_logp"]).reshape(n, n)) for v, a in densities.items()}
     for ax, (title, (*places, image)) in zip(axes[0], ({"data": (*edges, truth)} | models).items(), strict=True):
-        ax.pcolormesh(*places, image.T, vmin=0, vmax=top, cmap="viridis", rasterized=True)
+        ax.pcolormesh(*places, image.T, vmin=0, vmax=top, cmap="viridis")
         ax.set(title=title, aspect="equal")
         ax.grid(False)
     return figure
