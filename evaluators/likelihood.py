@@ -123,8 +123,8 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
             summary = {"mean": float(error.mean()), "max": float(error.max())}
             result[result_name("ode_error", config)] = {**summary, "unit": "bits/dim" if is_image else "nats"}
         if is_image and config.gaussian_baseline:
-            seed = parts.config.seed
-            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(parts.dataset, parts.config.data, seed)
+            of_model = parts.config.seed, name, config.num_examples  # the same images
+            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(parts.dataset, parts.config.data, *of_model)
         return result if density is None else result | density(context)
 
     return evaluate

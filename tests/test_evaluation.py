@@ -2,6 +2,7 @@
 """The metrics against numpy, scipy and closed forms."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -29,15 +30,34 @@ def test_gaussian_bits_per_dim_equals_scipy():
     data = datasets.Dataset("made", (2, 2, 1), True, train=images[:300], test=images[300:])
     for centered in (False, True):  # the range that the network sees changes nothing
         config.update(image_size=2, num_channels=1, centered=centered)
-        bpd = evaluation.gaussian_bits_per_dim(data, config, seed=7)
-        unit = []
+        unit = {}
         for split in ("train", "test"):
             x = np.concatenate([b["x"] for b in datasets.eval_batches(data, config, split, 64, seed=7)])
-            unit.append(((x + 1) / 2 if centered else x).reshape(-1, 4).astype(np.float64))
-        gaussian = stats.multivariate_normal(unit[0].mean(axis=0), np.cov(unit[0], rowvar=False))
-        truth = -gaussian.logpdf(unit[1]).mean() / (4 * math.log(2)) + 8
-        np.testing.assert_allclose(bpd, truth, rtol=1e-6)
-        assert 6 < bpd < 8
+            unit[split] = ((x + 1) / 2 if centered else x).reshape(-1, 4).astype(np.float64)
+        gaussian = stats.multivariate_normal(unit["train"].mean(axis=0), np.cov(unit["train"], rowvar=False))
+        for split, limit in (("test", 0), ("test", 30), ("train", 0), ("train", 70), ("test", 10_000)):
+            bpd = evaluation.gaussian_bits_per_dim(data, config, 7, split, limit)
+            of = unit[split][:limit] if limit else unit[split]
+            truth = -gaussian.logpdf(of).mean() / (4 * math.log(2)) + 8
+            np.testing.assert_allclose(bpd, truth, rtol=1e-6)
+            assert 6 < bpd < 8
+
+
+def test_gaussian_bits_per_dim_holds_a_batch_at_a_time():
+    config = get_default_configs().data
+    config.update(image_size=4, num_channels=1)
+    images = np.random.default_rng(1).integers(0, 256, (50_000, 4, 4, 1), np.uint8)
+    data = datasets.Dataset("made", (4, 4, 1), True, train=images, test=images[:10])
+    tracemalloc.start()
+    bpd = evaluation.gaussian_bits_per_dim(data, config, seed=7)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # 50,000 of them in float64 are 6.4 MB
+    x = np.concatenate([b["x"] for b in datasets.eval_batches(data, config, "train", 5000, seed=7)])
+    x = x.reshape(-1, 16).astype(np.float64)
+    test = np.concatenate([b["x"] for b in datasets.eval_batches(data, config, "test", 10, seed=7)]).reshape(-1, 16)
+    gaussian = stats.multivariate_normal(x.mean(axis=0), np.cov(x, rowvar=False))
+    assert bpd == pytest.approx(-gaussian.logpdf(test).mean() / (16 * math.log(2)) + 8, rel=1e-9)
 
 
 def test_quadrature_nll_of_two_gaussians():
