@@ -40,6 +40,7 @@ class Dataset:
     """Examples are uint8 [H, W, C] if `is_image`, else float32 [D]; log_prob [N, D] -> [N] and entropy are in nats.
 
     mixture: (weights [M], means [M, 1], variances [M, 1]) of data from M Gaussians, the same in every coordinate.
+    breaks: where the density jumps, rising, the same in every coordinate.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Dataset:
     log_prob: Callable[[np.ndarray], np.ndarray] | None = None
     entropy: float | None = None
     mixture: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    breaks: tuple[float, ...] = ()
 
     def digest(self, split: str, most: int = 10_000) -> str:
         """Of the number of examples in a split and of up to `most` of them, evenly spread."""
@@ -251,7 +253,7 @@ def _points(make: Callable[[Any], synthetic.Points]) -> Callable[[Any], Dataset]
     """The loader of what `make(config)` describes."""
 
     def load(config: Any) -> Dataset:
-        dim, n_uniforms, transform, log_prob, entropy, mixture = make(config)
+        dim, n_uniforms, transform, log_prob, entropy, mixture, breaks = make(config)
 
         def source(use: int) -> _Lazy:
             def take(index: np.ndarray) -> np.ndarray:
@@ -261,7 +263,7 @@ def _points(make: Callable[[Any], synthetic.Points]) -> Callable[[Any], Dataset]
             return _Lazy(_SYNTHETIC_LENGTHS[use], take)
 
         train, test = source(_SYNTHETIC_TRAIN), source(_SYNTHETIC_TEST)
-        return Dataset(config.dataset, (dim,), False, train, test, log_prob, entropy, mixture)
+        return Dataset(config.dataset, (dim,), False, train, test, log_prob, entropy, mixture, breaks)
 
     return load
 

@@ -246,7 +246,8 @@ def load_statistics(path: Path, data_config: Any = None) -> Statistics:
         )
     pool_3 = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)
     name, hash_ = (str(arrays.get(key, UNKNOWN)) for key in ("features_name", "features_hash"))
-    return Statistics(str(path), pool_3, hashlib.sha256(pool_3.tobytes()).hexdigest()[:16], name, hash_)
+    digest = hashlib.sha256(np.ascontiguousarray(pool_3).data).hexdigest()[:16]
+    return Statistics(str(path), pool_3, digest, name, hash_)
 
 
 def _images_name(data_config: Any) -> str:
@@ -258,16 +259,18 @@ def compute_statistics(
 ) -> Path:
     """Writes the features of every training image, in order and as it is: 8 bits, no flip, no dequantisation.
 
-    UserError if the file there is of other features, a public one for example: it may not be possible to make it anew.
+    Holds the N d features once. UserError if the file there is of other features, a public one for example: it may not
+    be possible to make it anew.
     """
-    if path.exists() and (old := load_statistics(path)).features_hash != features.hash:
-        raise UserError(
-            f"{path} exists, of features {old.features_hash}, not {features.hash}: move it or set eval.stats_path"
-        )
-    count, pools = len(dataset.train), []
+    if path.exists() and (old := load_statistics(path).features_hash) != features.hash:
+        raise UserError(f"{path} exists, of features {old}, not {features.hash}: move it or set eval.stats_path")
+    count, pool_3 = len(dataset.train), np.empty((0, 0), np.float32)
     for start in range(0, count, batch_size):
         stop = min(start + batch_size, count)
-        pools.append(features.fn(dataset.train[np.arange(start, stop)], batch_size)[0])
+        batch, _ = features.fn(dataset.train[np.arange(start, stop)], batch_size)
+        if start == 0:
+            pool_3 = np.empty((count, batch.shape[1]), np.float32)
+        pool_3[start:stop] = batch
         if 10 * stop // count > 10 * start // count:
             logging.info("features of the training images: %d of %d", stop, count)
     text = {
@@ -276,7 +279,7 @@ def compute_statistics(
         "features_hash": features.hash,
         "resize": features.resize,
     }
-    records.write_npz(path, pool_3=np.concatenate(pools), **{key: np.array(value) for key, value in text.items()})
+    records.write_npz(path, pool_3=pool_3, **{key: np.array(value) for key, value in text.items()})
     return path
 
 

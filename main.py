@@ -6,7 +6,6 @@ python main.py --config configs/toy/mog_ve.py --workdir runs/mog --mode train --
 
 import errno
 import os
-import runpy
 import signal
 import sys
 import traceback
@@ -15,7 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from configs.check import check_config, check_key, flatten
+from configs.check import check_config, check_key, flatten, load_config
 from errors import UserError
 from runtime import console, usage
 
@@ -23,7 +22,17 @@ from runtime import console, usage
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here; its start-up notes help nobody
 
 FLAGS = flags.FLAGS
+
+
+class ConfigFile(flags.ArgumentParser):
+    """`load_config`, whose complaints are one line, in place of ml_collections' own loading."""
+
+    def parse(self, argument: str):
+        return load_config(argument).lock()
+
+
 config_flags.DEFINE_config_file("config", None, "Config file; override a key with --config.a.b=c.")
+FLAGS["config"].parser = ConfigFile()
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, samples, results.")
 flags.DEFINE_enum(
     "mode",
@@ -57,7 +66,7 @@ def log_config() -> None:
     """The config file, and what the command line changes of it."""
     flag = FLAGS["config"]
     path, overrides = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
-    in_file = flatten(runpy.run_path(path)["get_config"]()) if overrides else {}
+    in_file = flatten(load_config(path)) if overrides else {}
     changes = [f"{key}={value!r} (file: {in_file.get(key)!r})" for key, value in overrides.items()]
     logging.info("config %s%s", path, f" with {', '.join(changes)}" if changes else "")
 
@@ -110,11 +119,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         print(usage.help_text(described, Path(__file__).parent))
         sys.exit(0)
     try:
-        rest = FLAGS(argv)
-        path = config_flags.get_config_filename(FLAGS["config"])
-        if not Path(path).is_file():
-            raise UserError(f"config file {path!r} does not exist; see configs/ for those that do")
-        return rest
+        return FLAGS(argv)
     except (KeyError, AttributeError) as error:  # ml_collections' answer to an override of a key that is not there
         for argument in argv:
             if argument.startswith("--config."):

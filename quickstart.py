@@ -3,7 +3,8 @@
 
 Trains the 1-D mixture of Gaussians at orders 1, 2 and 3 (same steps, same seed), evaluates each exactly, trains the 8x8
 digits briefly and evaluates their test bits/dim. Every step is a `main.py` command, printed as it starts; two run at a
-time. Finished steps are not repeated when it is started again.
+time. Started again, it does not repeat what is finished. A run's folder is named after its number of steps, so a call
+with another number trains anew.
 """
 
 import argparse
@@ -51,14 +52,14 @@ def main() -> None:
     args = parser.parse_args()
     args.workdir.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    runs = {f"mixture, order {order}": args.workdir / f"mog_order{order}" for order in (1, 2, 3)}
-    digits = args.workdir / "digits"
+    mixtures = {order: args.workdir / f"mog_order{order}_{args.mog_steps}" for order in (1, 2, 3)}
+    digits = args.workdir / f"digits_{args.digits_steps}"
     with ThreadPoolExecutor(2 if (os.cpu_count() or 1) > 1 else 1) as pool:
         # longest first, so that the two columns end together
         jobs: dict[Any, Future] = {"digits": pool.submit(train_and_evaluate, DIGITS, digits, *steps(args.digits_steps))}
         for order in (3, 2, 1):
             overrides = (f"--config.training.score_matching_order={order}", *steps(args.mog_steps))
-            jobs[order] = pool.submit(train_and_evaluate, MOG, args.workdir / f"mog_order{order}", *overrides)
+            jobs[order] = pool.submit(train_and_evaluate, MOG, mixtures[order], *overrides)
         results = {name: job.result() for name, job in jobs.items()}
 
     summary = {f"mog_order{order}_nll": results[order]["exact_nll"] for order in (1, 2, 3)}
@@ -86,7 +87,8 @@ def main() -> None:
             "difference": f"{summary['digits_bpd'] - summary['digits_gaussian_bpd']:.3f} bits/dim",
         }
     )
-    page = report.write_summary(args.workdir / "report.html", "Quickstart", {**runs, "8x8 digits": digits}, rows)
+    runs = {**{f"mixture, order {order}": folder for order, folder in mixtures.items()}, "8x8 digits": digits}
+    page = report.write_summary(args.workdir / "report.html", "Quickstart", runs, rows)
     print(json.dumps(summary, indent=1))
     print(f"numbers: {args.workdir / 'summary.json'}\npictures: {page}")
 

@@ -6,7 +6,10 @@ A value has the type of the key's default. RULES says what else holds for it, `_
 
 import difflib
 import math
+import runpy
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -181,6 +184,29 @@ INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"eval.ode_solver": "adams"}, ("eval.ode_variables", "eval.ode_lanes")),
     ({"eval.bound": True, "eval.dsm": False}, ("eval.num_probes",)),
 ]
+
+
+def load_config(path: str) -> ConfigDict:
+    """What the config file's `get_config()` returns. UserError with the file, its line and the cause if it fails."""
+    if not Path(path).is_file():
+        raise UserError(f"config file {path!r} does not exist; see configs/ for those that do")
+    lines: list[int | None] = []
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if not callable(get_config):
+            raise NameError("it has no function get_config")
+        code = getattr(get_config, "__code__", None)
+        lines += [code.co_firstlineno] if code is not None and code.co_filename == path else []
+        config = get_config()
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"get_config returns {type(config).__name__}, not a ConfigDict")
+        return config
+    except Exception as error:  # whatever the file does wrong
+        lines += [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines.append(error.lineno)
+        where = f"config file {path}" + (f", line {lines[-1]}" if lines else "")
+        raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}; correct it there") from error
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

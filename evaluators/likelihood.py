@@ -124,8 +124,8 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
             summary = {"mean": float(error.mean()), "max": float(error.max(initial=0))}
             result[result_name("ode_error", config)] = {**summary, "unit": "bits/dim" if is_image else "nats"}
         if is_image and config.gaussian_baseline:
-            seed = parts.config.seed
-            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(parts.dataset, parts.config.data, seed)
+            of_model = parts.config.seed, name, config.num_examples  # the same images
+            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(parts.dataset, parts.config.data, *of_model)
         return result if density is None else result | density(context)
 
     return evaluate
@@ -134,10 +134,12 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
 def _density(parts: Parts) -> Evaluator:
     """The ODE's density on a grid and, where the data's is known, its exact NLL by quadrature; in 1-D the SDE's too."""
     config = parts.config.eval
-    points, cell, data = evaluation.density_grid(parts.dataset)
+    grid, data = evaluation.density_grid(parts.dataset)
+    points = grid.points
     size = min(config.batch_size, round_up(len(points)))
     log_likelihood_fn = log_likelihood(parts, size)
-    settings = {"points": len(points), "size": size, **settings_of(config, *_SETTINGS[config.ode_solver])}
+    settings = {"points": len(points), "breaks": parts.dataset.breaks, "size": size}
+    settings |= settings_of(config, *_SETTINGS[config.ode_solver])
     sde_density = None
     if points.shape[1] == 1:
         sde_density = _sde_density(parts, points[:, 0].astype(np.float64), float(data.std()))
@@ -154,11 +156,11 @@ def _density(parts: Parts) -> Evaluator:
         result: dict[str, Any] = {"density": evaluation.failures(failed)} if failed else {}
         if parts.dataset.log_prob is not None and not failed:
             arrays["true_logp"] = parts.dataset.log_prob(points)
-            result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], cell)
+            result = evaluation.quadrature_nll(arrays["model_logp"], arrays["true_logp"], grid.weights, grid.thirds)
             if sde_density is not None:
                 arrays["sde_logp"] = sde_logp = sde_density(context)
-                of_sde = evaluation.quadrature_nll(sde_logp, arrays["true_logp"], cell)
-                result |= {f"sde_{name}": of_sde[name] for name in ("exact_nll", "kl", "model_mass")}
+                of_sde = evaluation.quadrature_nll(sde_logp, arrays["true_logp"], grid.weights, grid.thirds)
+                result |= {f"sde_{name}": value for name, value in of_sde.items() if name != "true_entropy"}
         context.write("density", **arrays)
         return result
 

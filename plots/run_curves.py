@@ -134,20 +134,20 @@ def density_2d(arrays: dict[str, np.ndarray]) -> tuple[Figure, str]:
     x, n = arrays["x"], math.isqrt(len(arrays["x"]))
     if n * n != len(x):
         raise UserError(f"the 2-D density grid has {len(x)} points, which is not a square number")
-    half = (x[-1] - x[0]) / (2 * max(1, n - 1))  # of a cell: the grid's points are the middles of the pixels
-    (left, lower), (right, upper) = x[0] - half, x[-1] + half
-    maps = {"model": np.exp(arrays["model_logp"]).reshape(n, n)}
+    axes_of_grid = x[::n, 0], x[:n, 1]
+    maps = {"model": (*axes_of_grid, np.exp(arrays["model_logp"]).reshape(n, n))}
     if "true_logp" in arrays:
-        maps["truth"] = np.exp(arrays["true_logp"]).reshape(n, n)
+        maps["truth"] = (*axes_of_grid, np.exp(arrays["true_logp"]).reshape(n, n))
     # A few peaks, or a histogram's noise, would darken all the rest.
-    top = max(np.percentile(density, 99.5) for density in maps.values())
+    top = max(np.percentile(density, 99.5) for _, _, density in maps.values())
     if "true_logp" not in arrays and "data" in arrays:
-        bins, box = min(n, math.isqrt(len(arrays["data"]) // 4) + 1), [[left, right], [lower, upper]]
-        maps["true data"] = np.histogram2d(*arrays["data"].T, bins=bins, range=box, density=True)[0]
+        bins, box = min(n, math.isqrt(len(arrays["data"]) // 4) + 1), [axis[[0, -1]] for axis in axes_of_grid]
+        density, across, upwards = np.histogram2d(*arrays["data"].T, bins=bins, range=box, density=True)
+        maps["true data"] = across, upwards, density
     figure, axes = panels(1, len(maps), 5.0, 4.6, layout="compressed", sharex=True, sharey=True)
-    for ax, (label, density) in zip(axes[0], maps.items(), strict=True):
-        image = ax.imshow(density.T, origin="lower", extent=(left, right, lower, upper), vmin=0, vmax=top)
-        ax.set(title=label, xlabel="x[0]", ylabel="x[1]")
+    for ax, (label, (across, upwards, density)) in zip(axes[0], maps.items(), strict=True):
+        image = ax.pcolormesh(across, upwards, density.T, vmin=0, vmax=top)
+        ax.set(title=label, xlabel="x[0]", ylabel="x[1]", aspect="equal")
         ax.grid(False)
         ax.label_outer()
     figure.colorbar(image, ax=axes, label="density (1 / unit of area)", extend="max", shrink=0.85)

@@ -200,17 +200,18 @@ def maps(densities: dict[str, dict[str, np.ndarray]]):
     """2-D densities of the ODE beside the truth or the data's histogram, on one scale."""
     first = next(iter(densities.values()))
     n = math.isqrt(len(first["x"]))
-    box = [first["x"][0, 0], first["x"][-1, 0], first["x"][0, 1], first["x"][-1, 1]]
+    grid = first["x"][::n, 0], first["x"][:n, 1]
     if "true_logp" in first:
-        truth = np.exp(first["true_logp"]).reshape(n, n)
+        truth, *edges = np.exp(first["true_logp"]).reshape(n, n), *grid
     else:
-        truth = np.histogram2d(*first["data"].T, bins=n // 2, range=[box[:2], box[2:]], density=True)[0]
+        box = [axis[[0, -1]] for axis in grid]
+        truth, *edges = np.histogram2d(*first["data"].T, bins=50, range=box, density=True)
     top = 1.3 * np.max(truth) if "true_logp" in first else float(np.quantile(truth[truth > 0], 0.98))
     figure, axes = panels(1, 1 + len(densities), 2.8, 3.0)
-    images = {"data": truth} | {LABELS[v]: np.exp(a["model_logp"]).reshape(n, n) for v, a in densities.items()}
-    for ax, (title, image) in zip(axes[0], images.items(), strict=True):
-        ax.imshow(image.T, origin="lower", extent=box, vmin=0, vmax=top, cmap="viridis")
-        ax.set(title=title)
+    models = {LABELS[v]: (*grid, np.exp(a["model_logp"]).reshape(n, n)) for v, a in densities.items()}
+    for ax, (title, (*places, image)) in zip(axes[0], ({"data": (*edges, truth)} | models).items(), strict=True):
+        ax.pcolormesh(*places, image.T, vmin=0, vmax=top, cmap="viridis")
+        ax.set(title=title, aspect="equal")
         ax.grid(False)
     return figure
 

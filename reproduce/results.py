@@ -23,6 +23,7 @@ from reproduce.experiments import Run
 METRICS = {
     "nll": ("exact_nll",),
     "kl": ("kl",),
+    "kl_grid_error": ("kl_grid_error",),
     "sde_kl": ("sde_kl",),
     "test_nll": ("nll", "mean"),
     "bpd": ("bpd", "mean"),

@@ -12,17 +12,34 @@ from jaxtyping import UInt8
 
 from errors import UserError
 
+MAX_BYTES = 2**31  # of a file's images, held in memory; EMNIST, the largest, has 0.6e9
+
 
 def read(path: Path) -> UInt8[np.ndarray, "N H W"]:
-    """The images of an idx3 file of unsigned bytes, gzipped if its name ends in .gz. UserError if it is not one."""
+    """The images of an idx3 file of unsigned bytes, gzipped if its name ends in .gz. UserError if it is not one.
+
+    Holds no more bytes than the file's header announces, whatever a gzipped file expands to.
+    """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(16)
+            if len(header) < 16 or header[:4] != b"\x00\x00\x08\x03":
+                raise UserError(f"{path} does not start with the header of an idx3-ubyte image file; fetch it again")
+            shape = struct.unpack(">3I", header[4:])
+            expected = math.prod(shape)
+            if expected > MAX_BYTES:
+                raise UserError(
+                    f"{path} has {expected} bytes of images by its header, above {MAX_BYTES}; fetch it again"
+                )
+            data = bytearray()
+            # to one byte more, which also has gzip check the sum at the end
+            while chunk := file.read(min(2**20, expected + 1 - len(data))):
+                data += chunk
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}); fetch it again") from error
-    if len(data) < 16 or data[:4] != b"\x00\x00\x08\x03":
-        raise UserError(f"{path} does not start with the header of an idx3-ubyte image file; fetch it again")
-    shape = struct.unpack(">3I", data[4:16])
-    expected = 16 + math.prod(shape)
-    if len(data) != expected:
-        raise UserError(f"{path} has {len(data)} bytes, not the {expected} of its header: truncated; fetch it again")
-    return np.frombuffer(data, np.uint8, offset=16).reshape(shape)
+    if len(data) > expected:
+        raise UserError(f"{path} has more than the {16 + expected} bytes of its header; fetch it again")
+    if len(data) < expected:
+        found = f"{16 + len(data)} bytes, not the {16 + expected} of its header"
+        raise UserError(f"{path} has {found}: truncated; fetch it again")
+    return np.frombuffer(data, np.uint8).reshape(shape)

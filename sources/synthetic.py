@@ -25,6 +25,7 @@ class Points(NamedTuple):
     log_prob: Callable[[np.ndarray], np.ndarray] | None = None
     entropy: float | None = None
     mixture: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    breaks: tuple[float, ...] = ()
 
 
 def mog(config: Any) -> Points:
@@ -67,7 +68,7 @@ def checkerboard(config: Any) -> Points:
         inside = np.all((cell >= -2) & (cell < 2), axis=1) & (cell.sum(axis=1) % 2 == 0)
         return np.where(inside, -math.log(32), -np.inf)
 
-    return Points(2, 3, transform, log_prob, entropy=math.log(32))
+    return Points(2, 3, transform, log_prob, entropy=math.log(32), breaks=(-4.0, -2.0, 0.0, 2.0, 4.0))
 
 
 def swissroll(config: Any) -> Points:

@@ -4,6 +4,7 @@
 import importlib
 import itertools
 import math
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -27,6 +28,38 @@ CONFIGS = sorted(
     for path in ROOT.glob("configs/*/*.py")
     if path.name != "__init__.py"
 )
+
+
+HEAD = "from configs.toy import mog_ve\n\n\ndef get_config():\n    config = mog_ve.get_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("def get_config(:\n    pass\n", r"FILE, line 1: SyntaxError: .*; correct it there"),
+        ("import math\nimport absent\n", r"FILE, line 2: ModuleNotFoundError: No module named 'absent'; .*"),
+        (HEAD + "    config.seed = sead\n", r"FILE, line 6: NameError: name 'sead' is not defined; .*"),
+        (HEAD + "    config.seed = 'many'\n", r"FILE, line 6: TypeError: .*seed.*; .*"),
+        (HEAD + "    config.optin.lr = 1.0\n", r"FILE, line 6: AttributeError: .*optin.*; .*"),
+        (HEAD + "    open('/no/file')\n", r"FILE, line 6: FileNotFoundError: .*/no/file.*; .*"),
+        (HEAD + "    raise ValueError('a\\nb')\n", r"FILE, line 6: ValueError: a b; .*"),
+        (HEAD + "    mog_ve.get_toy_configs('vesde')\n", r"FILE, line 6: TypeError: .*'dataset'; .*"),
+        ("\ndef get_config(name):\n    pass\n", r"FILE, line 2: TypeError: .*'name'; .*"),
+        ("seed = 1\n", r"FILE: NameError: it has no function get_config; .*"),
+        ("get_config = {}\n", r"FILE: NameError: it has no function get_config; .*"),
+        (
+            "\ndef get_config():\n    return {'seed': 1}\n",
+            r"FILE, line 2: TypeError: get_config returns dict, not a ConfigDict; .*",
+        ),
+        (HEAD, r"FILE, line 4: TypeError: get_config returns NoneType, not a ConfigDict; .*"),
+    ],
+)
+def test_a_config_file_that_fails_is_one_line(tmp_path, text, complaint):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        check.load_config(str(path))
+    assert re.fullmatch(complaint.replace("FILE", re.escape(f"config file {path}")), str(error.value))
 
 
 VP = {"training.sde": "vpsde", "model.scale_by_sigma": False}

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -345,6 +346,7 @@ def test_idx_files(tmp_path, suffix, name):
     [
         (lambda path: path.unlink(), "needs t10k-images-idx3-ubyte or .* set data.dir"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "799 bytes, not the 800 .*truncated"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"1"), "more than the 800 bytes"),
         (lambda path: path.write_bytes(b"\0\0\x08\x01" + path.read_bytes()[4:]), "header of an idx3-ubyte"),
         (lambda path: path.write_bytes(b""), "header of an idx3-ubyte"),
         (lambda path: path.rename(f"{path}.gz"), "not a whole gzip file"),
@@ -355,6 +357,28 @@ def test_damaged_idx_files_are_named(tmp_path, damage, message):
     damage(tmp_path / "t10k-images-idx3-ubyte")
     with pytest.raises(UserError, match=message) as error:
         load(mnist_config(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 28, 28), "more than the 800 bytes of its header"),
+        ((2**32 - 1, 2**16, 2**16), "bytes of images by its header"),
+    ],
+)
+def test_a_gzipped_bomb_is_refused_without_its_memory(tmp_path, shape, message):
+    write_idx(tmp_path, np.zeros((1, 28, 28), np.uint8), np.zeros((1, 28, 28), np.uint8), ".gz")
+    with gzip.open(tmp_path / "t10k-images-idx3-ubyte.gz", "wb", compresslevel=1) as file:
+        file.write(struct.pack(">4I", 0x803, *shape))
+        for _ in range(64):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message) as error:
+        load(mnist_config(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22  # of 2^26 bytes
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 

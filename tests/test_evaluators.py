@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from scipy import stats
 
 import datasets
 import losses
@@ -20,11 +21,11 @@ import run_lib
 import sde_lib
 from configs.default_configs import get_default_configs
 from errors import UserError
-from evaluators import EVALUATORS, loss, units
+from evaluators import EVALUATORS, likelihood, loss, units
 from evaluators import samples as sampled
 from evaluators.context import Context, per_example, split
 from evaluators.dequantized import uniform
-from parts import Parts, replicate
+from parts import Parts, build, replicate
 from tests.tiny import tiny_digits
 
 STD = np.array([0.3, 0.8, 1.5])
@@ -101,6 +102,29 @@ def test_likelihood_on_an_even_grid(gaussian, caplog):
     assert result["mean"] == pytest.approx(-saved["logp"][:, ~failed].mean(), rel=1e-5)
     text = report.results_table([{"checkpoint": 1, "step": 2, "nll": result}])
     assert f"({301 - failed.sum()} examples, incomplete: {failed.sum()} failed)" in text
+
+
+@pytest.mark.parametrize(("split_name", "count"), [("test", 20), ("train", 30), ("train", 0)])
+def test_the_gaussian_is_of_the_same_examples_as_the_likelihood(tmp_path, monkeypatch, split_name, count):
+    config = tiny_digits()
+    config.eval.update(dataset=split_name, num_examples=count, gaussian_baseline=True, batch_size=500)
+    seen = []
+
+    def log_likelihood(parts, size):
+        def call(params, model_state, x, index, repeat):
+            seen.append(x)
+            return {"logp": np.zeros(len(x), np.float32), "nfe": np.ones(len(x), np.int32)}
+
+        return call
+
+    monkeypatch.setattr(likelihood, "log_likelihood", log_likelihood)
+    parts = build(config)
+    result = EVALUATORS["enable_bpd"](parts, uniform())(Context({}, {}, 1, tmp_path, {}))
+    train = np.concatenate([b["x"] for b in datasets.eval_batches(parts.dataset, config.data, "train", 500, seed=42)])
+    unit, train = (x.reshape(len(x), -1).astype(np.float64) for x in (np.concatenate(seen), train))
+    assert len(unit) == (count or 1500) and not config.data.centered
+    gaussian = stats.multivariate_normal(train.mean(axis=0), np.cov(train, rowvar=False))
+    assert result["gaussian_bpd"] == pytest.approx(-gaussian.logpdf(unit).mean() / (64 * np.log(2)) + 8, rel=1e-6)
 
 
 @pytest.mark.parametrize(("dsm", "importance"), [(True, True), (False, True), (True, False)])

@@ -169,7 +169,7 @@ def test_hosts_that_read_different_parameters_end_with_one_line(tmp_path, single
 
 
 def test_a_save_is_due_by_the_clock_of_the_first_host(monkeypatch):
-    """Agreed once, two steps after it was asked for, however often that host says so meanwhile. A signal is anyone's."""
+    """Agreed once, two steps after it was asked for, however often it is asked for meanwhile. A signal is anyone's."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for index, saves in ((0, [2, 7]), (1, [])):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import time
+import tracemalloc
 import urllib.request
 
 import numpy as np
@@ -335,6 +336,26 @@ def test_the_whole_path_on_digits(tmp_path, network):
     # the three equal channels of `num_channels=3` are the same images, and the file may be made again
     config.data.num_channels = 3
     np.testing.assert_array_equal(evaluation.load_statistics(evaluation.stats(config)).pool_3, statistics.pool_3)
+
+
+def test_statistics_are_held_once(tmp_path):
+    count, dim = 12_000, 2048
+
+    def fn(images, batch_size):
+        pixels = images.reshape(-1, 1).astype(np.float32)
+        return np.tile(pixels, (1, dim)), np.zeros((len(images), 5), np.float32)
+
+    images = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 1), np.uint8)
+    dataset = datasets.Dataset("made", (1, 1, 1), True, images, images)
+    features = inception.Features(fn, "made", "hash", "", False, "")
+    path, config = tmp_path / "stats.npz", get_default_configs().data
+    for _ in range(2):  # also where the file of an earlier call is looked at first
+        tracemalloc.start()
+        evaluation.compute_statistics(dataset, config, features, path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1.6 * 4 * count * dim  # 98 MB, and numpy writes in pieces of 16 MB
+    np.testing.assert_array_equal(evaluation.load_statistics(path).pool_3, fn(images, 100)[0])
 
 
 def test_statistics_of_other_features_or_images_are_refused(tmp_path, network):

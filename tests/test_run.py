@@ -280,6 +280,22 @@ def test_bad_input_ends_in_one_line(tmp_path, arguments, complaint):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("def get_config(:\n", "mine.py, line 1: SyntaxError"),
+        ("def get_config():\n    return {'seed': 1}\n", "mine.py, line 1: TypeError: get_config returns dict"),
+        ("def get_config():\n    raise TypeError('a\\nb')\n", "mine.py, line 2: TypeError: a b; correct it there"),
+    ],
+)
+def test_a_config_file_that_fails_ends_in_one_line(tmp_path, text, complaint):
+    (tmp_path / "mine.py").write_text(text)
+    done = main(f"--config={tmp_path / 'mine.py'}", "--mode=train", f"--workdir={tmp_path}", "--config.seed=1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and complaint in line
+
+
 def test_help_names_every_mode_flag_and_config_at_once():
     program = "import sys, main; sys.argv = ['main.py', '--help']; main.parse_flags(sys.argv)"
     heavy = (
