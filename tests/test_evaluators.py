@@ -262,9 +262,8 @@ def test_units_of_other_data_or_code_are_not_read_back(gaussian, trained, monkey
     assert len(units_of("loss", context)) == 2
 
     def identity(**data):
-        config = tiny_digits()
-        config.data.update(**data)
-        parts = run_lib.build(config)
+        parts = run_lib.build(tiny_digits())
+        parts.config.data.update(**data)
         return run_lib._load(parts, parts.init_state(), trained / "checkpoints/checkpoint_2", tmp_path)[0].identity
 
     first = identity()
