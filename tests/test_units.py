@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Units of work: computed once, whole or not at all, apart for other settings, shared out among hosts."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
 
 from errors import UserError
 from evaluators.units import Units
+from runtime.records import write_npz_rows
 
 
 def counting(log, fail_at=None):
@@ -70,3 +73,23 @@ def test_hosts_share_the_units(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluators.units.logging.info", lambda text, *values: told.append(text % values))
     Units(tmp_path, "bpd_1", {}).run(5, counting([]))
     assert told == ["bpd_1: 1 of this host's 2 units were there already"]
+
+
+def test_one_unit_is_in_memory_at_a_time(tmp_path):
+    """40 units of 1 MiB, read back and written as one array."""
+    count, rows = 40, 2**17
+
+    def compute(k):
+        return {"x": np.full((rows, 1), k, np.float64)}
+
+    units = Units(tmp_path, "samples_1", {}).run(count, compute)
+    assert len(units) == count
+    tracemalloc.start()
+    write_npz_rows(tmp_path / "all.npz", "x", count * rows, (row["x"] for row in units))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * 2**20
+    with np.load(tmp_path / "all.npz") as file:
+        np.testing.assert_array_equal(file["x"], np.repeat(np.arange(count, dtype=np.float64), rows)[:, None])
+    with pytest.raises(IndexError):
+        units[count]
