@@ -2,8 +2,8 @@
 """likelihood and sampling against numbers recorded from the public code on tiny networks, see `tests/golden_utils.py`.
 
 The public code steps a whole batch as one ODE, here taken over by making a batch one example. At 1e-5 two solvers of
-these random networks agree to some 3e-3 bits/dim, and the recorded values are up to 6e-3 from the limit of small
-tolerances (measured once in float64 at 1e-9), so those comparisons are no closer.
+these random networks agree to some 3e-3 bits/dim, and the recorded values are up to 9e-3, one of them 3.3e-2, from the
+limit of small tolerances, so those comparisons are no closer. No step count is compared: rounding decides it.
 """
 
 import dataclasses
@@ -96,9 +96,12 @@ def test_likelihood_with_the_batch_as_one_example(name, kind):
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_likelihood(name):
     recorded = Recorded("likelihood", name)
-    solve = jax.jit(lambda x, v: likelihood.ode_log_likelihood(recorded.sde, recorded.score_fn, x, v))
+    # At 1e-6 a change of the parameters by 1e-6 moves the results by 7e-4 at most; at 1e-5 by 1.2e-2. What is left is
+    # the error of the recorded ones: 9.2e-3, and 3.3e-2 with a Gaussian probe.
+    tight = {"rtol": 1e-6, "atol": 1e-6}
+    solve = jax.jit(lambda x, v: likelihood.ode_log_likelihood(recorded.sde, recorded.score_fn, x, v, **tight))
     logp, _, _ = solve(recorded["data"], recorded["Rademacher/epsilon"])
-    np.testing.assert_allclose(recorded.bpd(logp), recorded["Rademacher/bpd"], atol=1.5e-2)
+    np.testing.assert_allclose(recorded.bpd(logp), recorded["Rademacher/bpd"], atol=1.2e-2)
     # With a Gaussian probe the public code estimates D f by f v.v; ours is exact.
     probe = recorded["Gaussian/epsilon"]
     logp, _, _ = solve(recorded["data"], probe)
