@@ -210,8 +210,8 @@ def load_statistics(path: Path, data_config: Any = None) -> Statistics:
             "or set eval.stats_path"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # np.load leaves a damaged file open
+            arrays = {name: saved[name] for name in saved.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as an npz file ({error}); make it with --mode stats") from error
     if "pool_3" not in arrays or len(arrays["pool_3"]) < 2:
