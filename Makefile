@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: quickstart reproduce reproduce-fast test test-slow bench lint clean
+.PHONY: quickstart reproduce reproduce-fast test test-slow test-isa bench lint clean
 
 .venv/run.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -32,6 +32,9 @@ test: .venv/dev.stamp
 
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow
+
+test-isa: .venv/dev.stamp
+	PYTHON=$(BIN)/python tests/isa.sh
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

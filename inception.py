@@ -9,9 +9,6 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-import threading
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -25,10 +22,10 @@ from jaxtyping import Float32, UInt8
 import datasets
 from errors import UserError
 from runtime import records
+from sources import reach
 
 TFHUB_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 POOL_DIM, LOGITS_DIM = 2048, 1008
-PROBE_SECONDS = 5.0
 UNKNOWN = "unknown (public layout)"
 
 FeatureFn = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -165,7 +162,7 @@ def _tfhub_folder() -> Path:
 
     cache = Path(os.environ.get("TFHUB_CACHE_DIR") or Path(tempfile.gettempdir(), "tfhub_modules"))
     cached = cache / hashlib.sha1(TFHUB_HANDLE.encode()).hexdigest()
-    reason = "" if (cached / "saved_model.pb").is_file() else _why_unreachable(TFHUB_HANDLE)
+    reason = "" if (cached / "saved_model.pb").is_file() else reach.why_unreachable(TFHUB_HANDLE)
     if not reason:
         try:
             return Path(hub.resolve(TFHUB_HANDLE))
@@ -175,26 +172,6 @@ def _tfhub_folder() -> Path:
         f"{TFHUB_HANDLE} is neither in {cache} nor can be downloaded ({reason}): download it where there is a network "
         "and set eval.inception_path to its folder, or set eval.enable_metrics=False"
     )
-
-
-def _why_unreachable(url: str) -> str:
-    """'' if the server, or the proxy of the environment, answers within seconds."""
-    reasons = [f"no answer within {PROBE_SECONDS:g} s"]
-
-    def probe() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
-            reasons.append("")
-        except urllib.error.HTTPError:  # an answer; whether it can be downloaded the download will tell
-            reasons.append("")
-        except OSError as error:
-            reasons.append(str(error))
-
-    # In a thread, because the time-out does not cover the look-up of the name.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return reasons[-1]
 
 
 def _hash_of_model(folder: Path) -> str:
@@ -233,8 +210,8 @@ def load_statistics(path: Path, data_config: Any = None) -> Statistics:
             "or set eval.stats_path"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # np.load leaves a damaged file open
+            arrays = {name: saved[name] for name in saved.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as an npz file ({error}); make it with --mode stats") from error
     if "pool_3" not in arrays or len(arrays["pool_3"]) < 2:

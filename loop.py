@@ -2,6 +2,7 @@
 """The training loop of `--mode train` and `--mode train_deq`: steps, logs, checkpoints, signals, bad steps."""
 
 import collections
+import contextlib
 import datetime
 import itertools
 import time
@@ -81,8 +82,8 @@ def run(job: Job) -> losses.TrainState:
 
     UserError after `training.max_bad_steps` bad steps in a row, with the last good state saved.
     """
-    with StopRequest() as stop:
-        return _Loop(job).run(stop)
+    with StopRequest() as stop, contextlib.closing(_Loop(job)) as loop:
+        return loop.run(stop)
 
 
 class _Loop:
@@ -134,9 +135,11 @@ class _Loop:
             if stopping:
                 logging.info("stopped by %s after step %d; run again to go on from %s", stop.signal, self.step, path)
                 break
+        return first(self.state)
+
+    def close(self) -> None:
         if self.log is not None:
             self.log.close()
-        return first(self.state)
 
     def _track_snapshot(self, per_example: dict[str, np.ndarray]) -> None:
         """Histograms of the losses of the first host's test examples, and samples, which all hosts draw."""

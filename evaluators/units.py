@@ -91,8 +91,8 @@ class Units:
         if not path.exists():
             return None
         try:
-            with np.load(path) as file:
-                return {key: file[key] for key in file.files}
+            with path.open("rb") as file, np.load(file) as arrays:  # np.load leaves a damaged file open
+                return {key: arrays[key] for key in arrays.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             logging.warning("%s cannot be read (%s) and is computed again", path, error)
             return None

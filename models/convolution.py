@@ -31,9 +31,14 @@ def conv2d(x: Image, weight: Weight, stride: int = 1, dilation: int = 1, padding
     if isinstance(padding, str):
         lengths = [(size - 1) * dilation + 1 for size in x.shape[1:3]]
         padding = tuple(lax.padtype_to_pads(lengths, weight.shape[:2], (stride, stride), padding))
-    if jax.default_backend() != "cpu":
+    if not has_own_derivatives():
         return _convolve(x, weight, stride, dilation, padding)
     return _conv_p.bind(x, weight, stride=stride, dilation=dilation, padding=tuple(map(tuple, padding)))
+
+
+def has_own_derivatives() -> bool:
+    """Whether `conv2d` has the derivatives of this module, as on the CPU, or those of JAX, as on accelerators."""
+    return jax.default_backend() == "cpu"
 
 
 def _convolve(x, weight, stride, dilation, padding) -> Array:

@@ -76,7 +76,7 @@ def newest_npz(folder: Path, pattern: str, *required: str) -> tuple[Path, dict[s
 def load_npz(path: Path, *required: str) -> dict[str, np.ndarray]:
     """The arrays by name. UserError if it cannot be read or one that is required is missing."""
     try:
-        with np.load(path) as file:
-            return {name: file[name] for name in {*file.files, *required}}
+        with path.open("rb") as file, np.load(file) as arrays:  # np.load leaves a damaged file open
+            return {name: arrays[name] for name in {*arrays.files, *required}}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}") from error

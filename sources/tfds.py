@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random access to what tensorflow-datasets prepared: array records and tfrecords, without TensorFlow's pipeline."""
 
-import contextlib
 import os
 import re
-import socket
 import struct
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
-
-PROBE_SECONDS = 3.0
+from sources import reach
 
 
 def info(dataset: str, name: str, data_dir: str, host: str) -> Any:
@@ -103,16 +99,9 @@ class _TFRecords:
 
 def _download(dataset: str, name: str, root: Path, host: str) -> Path:
     """Has tensorflow-datasets prepare `name`, after a short probe: without network it would try for minutes."""
-    reached = threading.Event()
-
-    def probe() -> None:
-        with contextlib.suppress(OSError), socket.create_connection((host, 443), timeout=PROBE_SECONDS):
-            reached.set()
-
-    # In a thread, because the time-out does not cover the look-up of the name.
-    threading.Thread(target=probe, daemon=True).start()
-    reason = f"{host} cannot be reached to download it"
-    if reached.wait(PROBE_SECONDS):
+    why = reach.why_unreachable(f"https://{host}/")
+    reason = f"{host} cannot be reached to download it ({why})"
+    if not why:
         import tensorflow_datasets as tfds
 
         try:

@@ -5,8 +5,16 @@ import functools
 
 import jax
 
-# The lowering by XLA's fusion emitters takes most of the compilation of small programs. Other devices lack the option.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else {}
-jit = functools.partial(jax.jit, compiler_options={**_OPTIONS, "xla_backend_optimization_level": 0})
+
+def options(backend: str, level: int) -> dict[str, bool | int]:
+    """Of the compiler.
+
+    The lowering by XLA's fusion emitters takes most of the compilation of small programs. Other devices lack it.
+    """
+    of_backend = {"xla_cpu_use_fusion_emitters": False} if backend == "cpu" else {}
+    return {**of_backend, "xla_backend_optimization_level": level}
+
+
+jit = functools.partial(jax.jit, compiler_options=options(jax.default_backend(), 0))
 # for those that work on many numbers or for many steps
-busy_jit = functools.partial(jax.jit, compiler_options={**_OPTIONS, "xla_backend_optimization_level": 1})
+busy_jit = functools.partial(jax.jit, compiler_options=options(jax.default_backend(), 1))

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import socket
 import struct
 import subprocess
 import sys
@@ -19,11 +18,12 @@ import numpy as np
 import pytest
 from scipy import stats
 from scipy.integrate import quad
+from test_reach import silent_server
 
 import datasets
 from configs.default_configs import get_default_configs
 from errors import UserError
-from sources import tfds
+from sources import reach
 
 
 def load(config) -> Any:
@@ -510,12 +510,8 @@ def test_newest_version_and_missing_splits(tmp_path):
     ],
 )
 def test_missing_data_say_what_to_put_where(tmp_path, monkeypatch, changes, missing):
-    def refuse(*args, **kwargs):
-        raise socket.gaierror("no network")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(tfds, "PROBE_SECONDS", 0.1)
-    with pytest.raises(UserError, match="cannot be reached") as error:
+    monkeypatch.setattr(reach, "why_unreachable", lambda url: "no network")
+    with pytest.raises(UserError, match=r"cannot be reached to download it \(no network\)") as error:
         load(data_config(dir=str(tmp_path), **changes))
     message = str(error.value)
     assert f"{tmp_path}/{missing}<version>/dataset_info.json" in message and "download_and_prepare" in message
@@ -523,17 +519,19 @@ def test_missing_data_say_what_to_put_where(tmp_path, monkeypatch, changes, miss
 
 
 def test_a_network_that_hangs_costs_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: time.sleep(20) or socket.socket())
     start = time.monotonic()
-    with pytest.raises(UserError, match="cannot be reached"):
-        load(data_config(dataset="CIFAR10", dir=str(tmp_path)))
+    with silent_server() as url:
+        monkeypatch.setenv("https_proxy", url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        with pytest.raises(UserError, match=r"www\.cs\.toronto\.edu cannot be reached .* \(no answer within 5 s\)"):
+            load(data_config(dataset="CIFAR10", dir=str(tmp_path)))
     assert time.monotonic() - start < 8
 
 
 def test_a_reachable_data_set_is_downloaded(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: socket.socket())
+    monkeypatch.setattr(reach, "why_unreachable", lambda url: "")
     config = data_config(dataset="CIFAR10", dir=str(tmp_path))
 
     def broken(*args, **kwargs):

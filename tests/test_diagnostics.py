@@ -285,12 +285,17 @@ class Recorded:
 
 
 def check_end(recorded, curves):
-    """At T only the forward solve stands behind the curves."""
+    """At T only the forward solve stands behind the curves.
+
+    A change of the data by 1e-7 or of the parameters by 1e-6 moves them by up to 4e-4 (VP) and, as it adds steps,
+    1.6e-3 (VE). At a tolerance of 1e-7 instead of 1e-5 they are up to 7e-2 and 1.4e-2 from the recorded ones.
+    """
+    rtol = 4e-3 if isinstance(recorded.sde, VESDE) else 1e-3
     for ours, theirs in RECORDED.items():
         if ours == "ode_normal" and isinstance(recorded.sde, VESDE):  # equal scores: rounding alone
             assert curves[ours][-1] < 1e-10 * curves["score_ode"][-1]
         else:
-            np.testing.assert_allclose(curves[ours][-1], recorded.arrays[theirs][-1], rtol=2e-4, err_msg=ours)
+            np.testing.assert_allclose(curves[ours][-1], recorded.arrays[theirs][-1], rtol=rtol, err_msg=ours)
 
 
 def test_recorded_curves_at_the_end():

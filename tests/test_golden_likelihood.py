@@ -2,8 +2,8 @@
 """likelihood and sampling against numbers recorded from the public code on tiny networks, see `tests/golden_utils.py`.
 
 The public code steps a whole batch as one ODE, here taken over by making a batch one example. At 1e-5 two solvers of
-these random networks agree to some 3e-3 bits/dim, and the recorded values are up to 6e-3 from the limit of small
-tolerances (measured once in float64 at 1e-9), so those comparisons are no closer.
+these random networks agree to some 3e-3 bits/dim, and the recorded values are up to 9e-3, one of them 3.3e-2, from the
+limit of small tolerances, so those comparisons are no closer. No step count is compared: rounding decides it.
 """
 
 import dataclasses
@@ -85,20 +85,23 @@ def test_likelihood_with_the_batch_as_one_example(name, kind):
         return drift[None], divergence[None]
 
     start = recorded["data"][None], jnp.zeros((1, 3))
-    (z, change), stats = jax.jit(lambda y: rk45(whole, y, 1e-5, 1.0))(start)
+    (z, change), _ = jax.jit(lambda y: rk45(whole, y, 1e-5, 1.0))(start)
     bpd = recorded.bpd(recorded.sde.prior_logp(z[0]) + change[0])
+    # 3e-3 and 6e-3 at most over six changes of the parameters by 1e-6, which alone move them by 2e-3 and 5e-3
     np.testing.assert_allclose(bpd, recorded[f"{kind}/bpd"], atol=5e-3)
     assert relative_error(z[0], recorded[f"{kind}/z"]) < 1e-2
-    assert int(stats.nfe[0]) == pytest.approx(int(recorded[f"{kind}/nfe"]), rel=0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_likelihood(name):
     recorded = Recorded("likelihood", name)
-    solve = jax.jit(lambda x, v: likelihood.ode_log_likelihood(recorded.sde, recorded.score_fn, x, v))
+    # At 1e-6 a change of the parameters by 1e-6 moves the results by 7e-4 at most; at 1e-5 by 1.2e-2. What is left is
+    # the error of the recorded ones: 9.2e-3, and 3.3e-2 with a Gaussian probe.
+    tight = {"rtol": 1e-6, "atol": 1e-6}
+    solve = jax.jit(lambda x, v: likelihood.ode_log_likelihood(recorded.sde, recorded.score_fn, x, v, **tight))
     logp, _, _ = solve(recorded["data"], recorded["Rademacher/epsilon"])
-    np.testing.assert_allclose(recorded.bpd(logp), recorded["Rademacher/bpd"], atol=1.5e-2)
+    np.testing.assert_allclose(recorded.bpd(logp), recorded["Rademacher/bpd"], atol=1.2e-2)
     # With a Gaussian probe the public code estimates D f by f v.v; ours is exact.
     probe = recorded["Gaussian/epsilon"]
     logp, _, _ = solve(recorded["data"], probe)
@@ -141,10 +144,10 @@ def test_ode_sampler(name, denoise):
     def sample(z):
         return sampling.ode_sampler(recorded.sde, recorded.score_fn, z, eps=eps, denoise=denoise)
 
-    x, nfe = sample(recorded["latent"])
-    key = f"ode_denoise{int(denoise)}"
-    assert relative_error(recorded.inverse_scaler(x), recorded[f"{key}/x"]) < 1e-3
-    np.testing.assert_allclose(nfe, int(recorded[f"{key}/nfe"]), rtol=0.15)  # recorded for both examples at once
+    x, _ = sample(recorded["latent"])
+    # 4.2e-4 (VP) and 7e-5 (VE), as the recording took the same steps for both examples. A change of the parameters by
+    # 1e-6 moves x by 1.2e-4 and 4e-5, and NFE, of which nothing is asserted, by 5 %.
+    assert relative_error(recorded.inverse_scaler(x), recorded[f"ode_denoise{int(denoise)}/x"]) < 1e-3
 
 
 @pytest.mark.slow
@@ -152,8 +155,8 @@ def test_ode_sampler(name, denoise):
 def test_how_well_the_recorded_scheme_repeats_itself(name):
     """scipy's RK45 over the whole batch in float64 around the float32 network, as the recording did it.
 
-    Even so bits/dim repeat to 3e-3 only: 1e-6 in the network's rounding moves the steps. So no solver can be held to
-    less against these records.
+    Even so bits/dim repeat to 3e-3 only: a change of the parameters by 1e-6 moves the VP steps, and the result by 3e-5
+    or by 3e-3. So no solver can be held to less against these records.
     """
     recorded = Recorded("likelihood", name)
     probe, shape = recorded["Rademacher/epsilon"], recorded["data"].shape
@@ -169,7 +172,6 @@ def test_how_well_the_recorded_scheme_repeats_itself(name):
     z = jnp.asarray(solved.y[:-3, -1].reshape(shape), jnp.float32)
     bpd = recorded.bpd(recorded.sde.prior_logp(z) + jnp.asarray(solved.y[-3:, -1], jnp.float32))
     np.testing.assert_allclose(bpd, recorded.arrays["Rademacher/bpd"], atol=4e-3)
-    assert solved.nfev == pytest.approx(int(recorded.arrays["Rademacher/nfe"]), rel=0.05)
 
 
 @pytest.mark.slow

@@ -6,12 +6,12 @@ import json
 import math
 import time
 import tracemalloc
-import urllib.request
 
 import numpy as np
 import pytest
 import scipy.linalg
 from scipy.special import log_softmax, softmax
+from test_reach import silent_server
 
 import datasets
 import evaluation
@@ -241,7 +241,7 @@ def test_only_tfhubs_own_folder_is_called_comparable(tmp_path, network, monkeypa
     assert not local.comparable and "only if" in local.note
     # TF-Hub's cache, where the network is found without a connection
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inception, "_why_unreachable", lambda url: pytest.fail("nothing is to be asked for"))
+    monkeypatch.setattr(inception.reach, "why_unreachable", lambda url: pytest.fail("nothing is to be asked for"))
     (tmp_path / "net").rename(tmp_path / hashlib.sha1(inception.TFHUB_HANDLE.encode()).hexdigest())
     cached = evaluation.load_features()
     assert cached.comparable and cached.name == inception.TFHUB_HANDLE
@@ -250,18 +250,16 @@ def test_only_tfhubs_own_folder_is_called_comparable(tmp_path, network, monkeypa
 
 def test_without_a_network_tfhub_fails_within_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inception, "PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: time.sleep(60))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(inception.reach, "SECONDS", 0.2)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"no answer within 0.2 s.*set eval.inception_path") as info:
-        evaluation.load_features()
+    with silent_server() as url:
+        monkeypatch.setattr(inception, "TFHUB_HANDLE", url)
+        with pytest.raises(UserError, match=r"no answer within 0.2 s.*set eval.inception_path") as info:
+            evaluation.load_features()
     assert time.monotonic() - start < 20 and "\n" not in str(info.value)
-
-    def refuse(*_, **__):
-        raise OSError("no route")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(UserError, match="no route"):
+    monkeypatch.setattr(inception.reach, "SECONDS", 60.0)
+    with pytest.raises(UserError, match="Connection refused"):  # it is closed
         evaluation.load_features()
 
 

@@ -17,7 +17,7 @@ import pytest
 import checkpoints
 
 ROOT = Path(__file__).parent.parent
-CACHE = ROOT / ".jax_cache" / "main"
+CACHE = ROOT / os.environ.get("JAX_COMPILATION_CACHE_DIR", ".jax_cache") / "main"
 # A launch compiles for longer than it runs: no time is spent on making the programs fast.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as tests/quick.py
 FLAGS = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"

@@ -296,7 +296,10 @@ def test_log_snr_variables_converge_to_the_truth(name):
 
 @pytest.mark.parametrize("name", SDES)
 def test_log_snr_variables_have_nothing_to_do_for_data_of_their_own_deviation(name):
-    """The score of N(0, S^2 I): w and the log density stand still, so nine steps at most cross the whole range."""
+    """The score of N(0, S^2 I): w and the log density stand still, so nine steps at most cross the whole range.
+
+    The first is 1e-6 at least, and each is ten times the one before.
+    """
     sde, x, std = SDES[name], jnp.asarray(data(4), jnp.float32), 0.6
 
     def score_fn(x, t):
@@ -348,11 +351,13 @@ def test_log_snr_variables_take_fewer_steps(name, fewer):
     in_t, _, nfe_in_t = solve(sde, score_fn, x, None)
     logp, _, nfe = solve(sde, score_fn, x, None, variables="log_snr", data_std=0.4)
     np.testing.assert_allclose(logp, in_t, atol=2e-3)
+    # 0.59 and 0.56 times as many, and 0.57 for some change of x by 1e-6
     assert nfe.mean() < fewer * nfe_in_t.mean(), (nfe.mean(), nfe_in_t.mean())
 
 
 @pytest.mark.parametrize("variables", ["t", "log_snr"])
 def test_queue_of_examples_gives_the_same(variables):
+    """And the same counts, which a change of x by 1e-6 leaves as they are."""
     with jax.enable_x64(True):
         sde, x = SDES["vp"], jnp.asarray(data(7))
         v = jax.random.normal(jax.random.key(2), (2, 7, 3), jnp.float64)
@@ -426,6 +431,7 @@ def test_even_grid_and_its_estimate_for_a_rough_score():
         logp, _, nfe, estimate = solve_even(sde, score_fn, x, None, steps=192, data_std=0.8)
         adaptive, _, nfe_adaptive = solve(sde, score_fn, x, None, rtol=1e-3, atol=1e-3, **options)
         error, error_adaptive = (np.mean(np.abs(value - truth)) for value in (logp, adaptive))
+        # 0.96 and 5.4; a change of x by 1e-6 makes that 0.98 and 4.4 to 6.1
         assert nfe_adaptive.mean() > 0.9 * nfe.mean()
         assert 2 * error < error_adaptive
         assert error / 5 < np.mean(estimate) < 5 * error

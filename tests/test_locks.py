@@ -28,7 +28,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
         with workdir_lock(workdir):
             raise AssertionError("two runs at once")
     os.kill(holder.pid, signal.SIGKILL)  # leaves the file behind, not the lock
-    holder.wait()
+    holder.communicate()
     with workdir_lock(workdir):
         pass
     with workdir_lock(workdir):  # and again, after a proper end

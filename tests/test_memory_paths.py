@@ -2,12 +2,18 @@
 """What saves time and memory changes no number: the convolution's own derivatives, micro-batches, remat, bfloat16."""
 
 import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
+from flax import linen as nn
 from jax import lax
 from test_losses import score_one, tiny_net, training_config
 from test_models import random_params, tiny_config
@@ -15,10 +21,11 @@ from test_models import random_params, tiny_config
 import losses
 import sde_lib
 from configs.default_configs import get_default_configs
-from models import create_model
+from models import convolution, create_model
 from models.convolution import conv2d
 from models.layers import conv, softmax
 from models.score import get_score_fn
+from tests.test_interruptions import ENVIRONMENT, FLAGS, ROOT
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -34,7 +41,7 @@ def relative_norm(actual, expected):
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, actual, expected)) / optax.tree.norm(expected))
 
 
-@pytest.mark.parametrize(
+shapes = pytest.mark.parametrize(
     ("size", "kernel", "stride", "dilation", "padding"),
     [
         (8, 3, 1, 1, "SAME"),
@@ -46,6 +53,9 @@ def relative_norm(actual, expected):
         (7, 5, 3, 1, ((1, 2), (0, 3))),
     ],
 )
+
+
+@shapes
 def test_derivatives_of_the_convolution_against_jax(size, kernel, stride, dilation, padding):
     """Reverse over reverse over forward mode in the image, forward over reverse in the weights; and vmap."""
     rng = np.random.default_rng(0)
@@ -74,6 +84,79 @@ def test_derivatives_of_the_convolution_against_jax(size, kernel, stride, dilati
     batched = jax.vmap(ours, (0, None))(many, w), jax.vmap(ours, (None, 0))(x, jnp.stack([w, dw]))
     wanted = jax.vmap(reference, (0, None))(many, w), jax.vmap(reference, (None, 0))(x, jnp.stack([w, dw]))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), batched, wanted)
+
+
+def of_both_branches(monkeypatch, function):
+    """The results of a function that is traced on the path of the CPU and on that of accelerators."""
+    results = []
+    for own in (True, False):
+        monkeypatch.setattr(convolution, "has_own_derivatives", lambda own=own: own)
+        results.append(function())
+    return results
+
+
+def test_the_branch_is_that_of_the_device(monkeypatch):
+    x, w = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+    for backend, own in (("cpu", True), ("gpu", False), ("tpu", False)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert ("conv2d" in str(jax.make_jaxpr(lambda x: conv2d(x, w))(x))) == own
+        assert any("cpu" in name for name in quick.options(backend, 0)) == own
+
+
+@jax.enable_x64(False)
+@shapes
+def test_both_branches_of_the_convolution_agree(monkeypatch, size, kernel, stride, dilation, padding):
+    """Values, jvp, vjp and jvp of vjp, in float32."""
+    rng = np.random.default_rng(0)
+    x, dx = (jnp.asarray(rng.normal(size=(2, size, size, 3)), jnp.float32) for _ in range(2))
+    w, dw = (jnp.asarray(rng.normal(size=(kernel, kernel, 3, 4)), jnp.float32) for _ in range(2))
+
+    def derivatives():
+        def convolve(x, w):
+            return conv2d(x, w, stride, dilation, padding)
+
+        def vjp(x, w):
+            return jax.vjp(lambda x, w: jnp.sin(convolve(x, w)), x, w)[1](jnp.cos(convolve(x, w)))
+
+        def everything(x, w):
+            return convolve(x, w), jax.jvp(convolve, (x, w), (dx, dw))[1], jax.jvp(vjp, (x, w), (dx, dw))
+
+        return jit(everything)(x, w)
+
+    for own, plain in zip(*map(jax.tree.leaves, of_both_branches(monkeypatch, derivatives)), strict=True):
+        assert own.dtype == jnp.float32 and relative_norm(own, plain) < 1e-5
+
+
+class Convolutions(nn.Module):
+    """A score that is nothing but convolutions, one of them with a stride."""
+
+    conditioning, predicts_score = "time", True
+
+    @nn.compact
+    def __call__(self, x, t, train=False):
+        h = nn.swish(conv(4)(x) + t[:, None, None, None])
+        low = nn.swish(conv(4, stride=2)(h))
+        return conv(3)(h + jnp.repeat(jnp.repeat(low, 2, axis=1), 2, axis=2))
+
+
+@jax.enable_x64(False)
+@pytest.mark.parametrize("block", ["", pytest.param("ddpm", marks=pytest.mark.slow)])
+def test_both_branches_give_the_gradient_of_the_third_order(monkeypatch, block):
+    config = tiny_config("vpsde", nf=4, ch_mult=(1,), attn_resolutions=(), resblock_type=block)
+    model, sde = create_model(config) if block else Convolutions(), sde_lib.from_config(config)
+    params = random_params(model, (1, 4, 4, 3))
+    x0 = jnp.asarray(np.random.default_rng(0).random((2, 4, 4, 3)), jnp.float32)
+
+    def gradient():
+        def score_fn_of_params(params, model_state, keys):
+            return get_score_fn(sde, model, params, model_state)
+
+        return one_step(score_fn_of_params, params, x0, sde, 3, 1)
+
+    (own, metrics), (plain, plain_metrics) = of_both_branches(monkeypatch, gradient)
+    assert float(metrics["third"]) > 0
+    assert relative_norm(own, plain) < 1e-5
+    assert relative_norm(metrics, plain_metrics) < 1e-5
 
 
 def test_softmax_and_its_derivatives_are_those_of_jax():
@@ -188,3 +271,18 @@ def test_bfloat16_is_near_float32_and_its_parameters_and_output_are_float32():
         outputs.append(jit(model.apply)({"params": params}, x, t))
         assert outputs[-1].dtype == jnp.float32
     assert 1e-5 < relative_norm(outputs[1], outputs[0]) < 0.03  # bfloat16 has 8 bits: 0.4 % a rounding
+
+
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_gradients_on_two_devices_are_those_of_one(order):
+    """In float64; bfloat16 has 8 bits, 0.4 % a rounding."""
+    environment = {**ENVIRONMENT, "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=2"}
+    environment["PYTHONPATH"] = str(ROOT)
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(Path(jax.config.jax_compilation_cache_dir).resolve())
+    command = [sys.executable, "tests/two_devices.py", str(order)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    distances = json.loads(done.stdout)
+    for case in ("plain", "remat", "num_microbatches"):
+        assert max(distances[case]) < 1e-12, case
+    assert 1e-5 < min(distances["bfloat16"]) and max(distances["bfloat16"]) < 0.03

@@ -29,6 +29,7 @@ def scipy_rk45(y0, t0, t1, tol):
 
 @pytest.mark.parametrize(("t0", "t1", "tol"), [(0.0, 30.0, 1e-4), (0.0, 3.0, 1e-7), (1.0, 0.8, 1e-5)])
 def test_takes_the_steps_of_scipy(x64, t0, t1, tol):
+    """No rounding decides a step here: the counts stay as they are if y0 is changed by 1e-6."""
     expected = scipy_rk45(np.array([2.0, 0.5]), t0, t1, tol)
     y, stats = rk45(van_der_pol, jnp.array([[2.0, 0.5]]), t0, t1, rtol=tol, atol=tol)
     assert abs(int(stats.accepted[0]) - (len(expected.t) - 1)) <= 1
@@ -110,12 +111,14 @@ def test_neighbours_do_not_touch_a_result():
     solve = jax.jit(lambda y: rk45(fun, y, 0.0, 3.0))
     easy = jnp.array([[0.5, 1.3]])
     stiff = jnp.stack([jnp.linspace(-4, 4, 15), jnp.linspace(200, 3000, 15)], axis=-1)
-    alone, alone_stats = solve(easy)
+    alone, _ = solve(easy)
     batch, stats = solve(jnp.concatenate([stiff, easy]))
-    np.testing.assert_array_equal(batch[-1], alone[0])
-    for field, alone_field in zip(stats, alone_stats, strict=True):
-        assert field[-1] == alone_field[0]
-    assert stats.nfe[-1] < 100 and np.all(stats.nfe[:-1] > 600)
+    others, other_stats = solve(jnp.concatenate([stiff[::-1] * jnp.array([-1, 0.5]), easy]))
+    np.testing.assert_array_equal(batch[-1], others[-1])  # the same program
+    for field, other_field in zip(stats, other_stats, strict=True):
+        assert field[-1] == other_field[-1]
+    np.testing.assert_allclose(batch[-1], alone[0], rtol=1e-5)  # another program
+    assert stats.nfe[-1] < 100 and np.all(stats.nfe[:-1] > 600)  # 56, and 1310 or more
     assert len(set(np.asarray(stats.accepted).tolist())) > 10  # each has its own steps
 
 
@@ -147,7 +150,8 @@ def test_step_limit_is_reported_and_the_others_finish():
 def test_breakdown_is_found_and_the_others_finish(fun, bad_y0):
     y1, stats = rk45(fun, jnp.array([[0.1], [bad_y0], [0.1]]), 0.0, 2.0)
     assert stats.status.tolist() == [0, 2, 0]
-    assert np.isnan(y1[1]).all() and np.isfinite(y1[0]).all() and y1[0] == y1[2]
+    assert np.isnan(y1[1]).all() and np.isfinite(y1[0]).all()
+    np.testing.assert_allclose(y1[0], y1[2], rtol=1e-6)
     with pytest.raises(SolverError, match=r"index 1.*not finite"):
         raise_on_failure(stats)
 
@@ -167,15 +171,25 @@ def decays(count):
 
 
 @pytest.mark.parametrize(("count", "lanes"), [(23, 4), (23, 1), (8, 4), (5, 5), (3, 64)])
-def test_queue_takes_the_steps_of_each_example_alone(count, lanes):
-    y0, rate, fun = decays(count)
-    t1 = jnp.linspace(1.0, 3.0, count)
-    plain, plain_stats = jax.jit(lambda y: rk45(lambda t, y: fun(t, y, rate), y, 0.0, t1))(y0)
-    queued, stats = jax.jit(lambda y: rk45_queue(fun, y, 0.0, t1, rate, lanes=lanes))(y0)
-    np.testing.assert_allclose(queued, plain, rtol=1e-6, atol=1e-6)
+def test_queue_takes_the_steps_of_each_example_alone(x64, count, lanes):
+    """Turns at rates from 1 to 100. What is stiff would not do: its steps, and 1e-5 of y, are what rounding gives.
+
+    Here a change of y0 by 1e-6 leaves the counts as they are and moves y by 3e-6.
+    """
+    rng = np.random.default_rng(3)
+    y0, rate, t1 = rng.normal(size=(count, 2)), 10 ** rng.uniform(0, 2, count), np.linspace(1.0, 3.0, count)
+
+    def fun(t, y, rate):
+        return (rate * (1 + 0.5 * jnp.sin(t)))[:, None] * jnp.stack([y[:, 1], -y[:, 0]], axis=-1)
+
+    plain, plain_stats = jax.jit(lambda y: rk45(lambda t, y: fun(t, y, jnp.asarray(rate)), y, 0.0, t1))(y0)
+    queued, stats = jax.jit(lambda y: rk45_queue(fun, y, 0.0, t1, jnp.asarray(rate), lanes=lanes))(y0)
+    np.testing.assert_allclose(queued, plain, rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(stats.nfe, plain_stats.nfe)
     assert stats.status.tolist() == [0] * count
-    np.testing.assert_allclose(queued[rate > 100], jnp.cos(t1)[rate > 100, None] * jnp.ones(2), atol=2e-2)
+    angle = rate * (t1 + 0.5 * (1 - np.cos(t1)))
+    truth = y0 * np.cos(angle)[:, None] + np.stack([y0[:, 1], -y0[:, 0]], axis=-1) * np.sin(angle)[:, None]
+    np.testing.assert_array_less(np.abs(queued - truth) / angle[:, None], 2e-5)  # the tolerance, 1e-5, a radian
 
 
 def test_queue_does_the_mean_work_and_not_the_most():
@@ -187,11 +201,13 @@ def test_queue_does_the_mean_work_and_not_the_most():
         jax.debug.callback(lambda _: calls.append(1), t[0])
         return fun(t, y, rate)
 
-    _, stats = rk45_queue(counted, y0, 0.0, 2.0, rate, lanes=4)
+    y, stats = rk45_queue(counted, y0, 0.0, 2.0, rate, lanes=4)
     jax.effects_barrier()
+    np.testing.assert_allclose(y[rate > 100], np.cos(2.0), atol=2e-2)  # it is behind by sin(2) / rate
     nfe = np.asarray(stats.nfe)
     assert nfe.sum() / 4 <= len(calls) <= nfe.sum() / 4 + nfe.max()
-    assert len(calls) < 0.5 * nfe.max() * 10  # 40 examples in ten batches of four, each as long as the stiffest
+    # 40 examples in ten batches of four, each as long as the stiffest: 29,960 passes against some 6,200
+    assert len(calls) < 0.5 * nfe.max() * 10
 
 
 def test_queue_goes_on_past_failed_examples():
@@ -231,8 +247,9 @@ def test_a_quadrature_needs_no_derivative_at_the_second_stage(x64, lanes):
 
     (state, integral), stats = solve(None)
     (same_state, same_integral), same_stats = solve(lambda t, y, data: fun(t, y, data, noise=1e3))
+    # a change of y0 by 1e-8 leaves the counts as they are; one by 1e-15 moves the state by 4e-13
     np.testing.assert_array_equal(stats.nfe, same_stats.nfe)
-    np.testing.assert_allclose(same_state, state, rtol=1e-12)
+    np.testing.assert_allclose(same_state, state, rtol=1e-11)
     np.testing.assert_allclose(same_integral, integral, rtol=1e-9)
     (other, _), _ = solve(lambda t, y, data: fun(t, y, data, shift=1e-2))
     assert np.max(np.abs(other - state)) > 1e-9

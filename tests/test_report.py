@@ -47,6 +47,11 @@ class Page(HTMLParser):
         return [Image.open(io.BytesIO(base64.b64decode(match[1]))) for match in found if match]
 
 
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
+
+
 def mixture_logp(x: np.ndarray, shift: float = 0.0) -> np.ndarray:
     terms = WEIGHTS * np.exp(-0.5 * ((x - MEANS - shift) / STDS) ** 2) / (STDS * math.sqrt(2 * math.pi))
     return np.log(terms.sum(axis=-1) + 1e-300)
@@ -156,7 +161,7 @@ def names(workdir: Path) -> set[str]:
 def test_grid_holds_each_image_pixel_for_pixel(tmp_path, channels, kind):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 12, channels), dtype=np.uint8)
     report.save_image_grid(tmp_path / "new" / "grid.png", images if kind == "uint8" else images / 255, columns=3)
-    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    grid = np.asarray(picture(tmp_path / "new" / "grid.png"))
     factor, pad = 5, 2  # 8 * 5 is the first multiple of 8 not below 40
     assert grid.shape == (2 * (40 + pad) + pad, 3 * (60 + pad) + pad) + ((3,) if channels == 3 else ())
     for i, image in enumerate(images):
@@ -170,7 +175,7 @@ def test_grid_clips_and_does_not_enlarge_what_is_large(tmp_path):
     image = np.zeros((1, 64, 64, 1), np.float32)
     image[0, 0, :4, 0] = [-3.0, 2.0, np.nan, 0.5]
     report.save_image_grid(tmp_path / "grid.png", image)
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    grid = np.asarray(picture(tmp_path / "grid.png"))
     assert grid.shape == (68, 68)
     assert grid[2, 2:6].tolist() == [0, 255, 0, 128]
 
@@ -188,7 +193,7 @@ def test_toy_report(tmp_path):
     assert names(workdir) == {"report.html", "losses.png", "samples.png", "density.png", "bpd.png"}
     page, source = Page(path), path.read_text()
     sizes = [image.size for image in page.images()]
-    assert sizes == [Image.open(workdir / "report" / f"{n}.png").size for n in ("losses", "samples", "density", "bpd")]
+    assert sizes == [picture(workdir / "report" / f"{n}.png").size for n in ("losses", "samples", "density", "bpd")]
     assert "http" not in source and "script" not in page.tags and "link" not in page.tags
     assert "A &lt;b&gt;title&lt;/b&gt; &amp; more" in source and "b" not in page.tags
     assert '"note": "<script>&"' in page.text and page.tags.count("details") == 1
@@ -205,7 +210,7 @@ def test_a_panel_for_each_term_that_is_not_all_zero(tmp_path):
     for order in (1, 3):
         write_metrics(tmp_path / str(order), order)
         report.write_report(tmp_path / str(order))
-        sizes[order] = Image.open(tmp_path / str(order) / "report/losses.png").size
+        sizes[order] = picture(tmp_path / str(order) / "report/losses.png").size
     width, height = 4.2 * 130, 3.1 * 130
     assert sizes[1] == pytest.approx((3 * width, height), abs=1)  # first, total, gradient
     assert sizes[3] == pytest.approx((3 * width, 2 * height), abs=1)  # and second, third
@@ -263,7 +268,7 @@ def test_image_report_takes_the_newest_of_each(tmp_path):
     write_json(workdir / "eval/report_11.json", {"checkpoint": 11, "step": 2000})
     np.savez(workdir / "eval/samples_11.npz", samples=digits(100))
     assert "The first 64 of 100 samples" in Page(report.write_report(workdir)).text
-    assert Image.open(workdir / "report/samples.png").size == (8 * 42 + 2, 8 * 42 + 2)
+    assert picture(workdir / "report/samples.png").size == (8 * 42 + 2, 8 * 42 + 2)
 
 
 def test_mean_and_band_of_the_likelihood_histogram(tmp_path):
@@ -362,7 +367,7 @@ def test_samples_over_training_are_those_of_the_snapshots(tmp_path, figures, kin
     for ax, step in zip(axes, (10, 30, 50, 70), strict=True):
         samples = np.random.default_rng(step).random(shape, dtype=np.float32)
         if kind == "images":
-            truth = Image.open(tmp_path / f"samples/step_{step:08d}.png").convert("RGB")
+            truth = picture(tmp_path / f"samples/step_{step:08d}.png").convert("RGB")
             np.testing.assert_array_equal(np.asarray(ax.get_images()[0].get_array()), np.asarray(truth))
         elif kind == "points":
             np.testing.assert_allclose(np.asarray(ax.collections[0].get_offsets()), samples)
@@ -451,7 +456,7 @@ def test_a_browser_shows_the_pages(tmp_path):
     for page, wanted in ((one / "report/report.html", 4), (one / "report/comparison.html", 1 + 4 + 5)):
         screenshot = tmp_path / "screenshot.png"
         browse(tmp_path / "profile", page, f"--screenshot={screenshot}")
-        shown = Image.open(screenshot).convert("RGB")
+        shown = picture(screenshot).convert("RGB")
         assert len(shown.getcolors(2**24)) > 200  # text, lines in several colours, antialiased
         assert 0.02 < np.mean(np.asarray(shown).min(axis=-1) < 250) < 0.9  # neither a blank page nor a dark one
         counted = tmp_path / "counted.html"
