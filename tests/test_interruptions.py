@@ -18,10 +18,8 @@ import checkpoints
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / os.environ.get("JAX_COMPILATION_CACHE_DIR", ".jax_cache") / "main"
-# A launch compiles for longer than it runs: no time is spent on making the programs fast.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as tests/quick.py
-FLAGS = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": FLAGS}
+FLAGS = os.environ["XLA_FLAGS"]
+ENVIRONMENT = dict(os.environ)
 TRAIN = {"training.n_iters": 60, "training.snapshot_freq": 20, "training.snapshot_freq_for_preemption": 4}
 TRAIN |= {"training.log_freq": 2, "training.eval_freq": 10}
 
