@@ -102,6 +102,13 @@ def test_devices_of_one_host(tmp_path, single, devices):
     assert_same_training(workdir, single)
 
 
+def test_two_hosts_train_as_one(tmp_path, single):
+    outputs = finish_two("train", tmp_path / "run", **TRAIN)
+    assert_same_training(tmp_path / "run", single)
+    assert "batch 8 on 2 cpu device(s) of 2 host(s)" in outputs[0]
+
+
+@pytest.mark.slow
 def test_two_hosts_train_resume_and_evaluate(tmp_path, single):
     workdir = tmp_path / "run"
     half = {**TRAIN, "training.n_iters": 4}

@@ -128,6 +128,7 @@ EVAL = {"eval.enable_loss": True, "eval.num_repeats": 2, "eval.num_samples": 24,
 EVAL |= {"eval.bound_num_times": 4}
 
 
+@pytest.mark.slow
 def test_kill_9_during_evaluation(tmp_path, whole):
     """After the first unit of likelihood and of samples; then the figures are those of an uninterrupted run."""
     finish("eval", whole, **EVAL)
