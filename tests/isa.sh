@@ -21,8 +21,9 @@ for isa in $isas; do
   echo "$isa: running, log in $folder/$isa.log"
   XLA_FLAGS="$flags $cap" JAX_COMPILATION_CACHE_DIR=$cache \
     "$python" -m pytest -rf --junit-xml="$folder/$isa.part" "$@" >"$folder/$isa.log" 2>&1
+  status=$?  # 0 or 1: it ran to its end
   tail -n 1 "$folder/$isa.log"
-  [ -e "$folder/$isa.part" ] && mv "$folder/$isa.part" "$folder/$isa.xml"
+  [ $status -le 1 ] && mv "$folder/$isa.part" "$folder/$isa.xml"
   rm -rf "$cache"
 done
 
