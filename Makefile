@@ -30,8 +30,18 @@ bench: .venv/run.stamp
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
+# Two files at a time. A file that has passed is run again only after a change of the code or of a test.
+SOURCES := $(wildcard *.py */*.py */*/*.py)
+SLOW := $(patsubst tests/%.py,runs/slow/%.passed,$(shell grep -l 'mark\.slow' tests/test_*.py))
+
 test-slow: .venv/dev.stamp
-	$(BIN)/python -m pytest -m slow
+	@$(MAKE) --no-print-directory -j 2 -k $(SLOW)
+
+runs/slow/%.passed: tests/%.py $(SOURCES)
+	@mkdir -p runs/slow
+	@$(BIN)/python -m pytest -m slow --durations=10 $< > runs/slow/$*.log 2>&1 || { cat runs/slow/$*.log; false; }
+	@echo "$*: $$(tail -n 1 runs/slow/$*.log)"
+	@touch $@
 
 test-isa: .venv/dev.stamp
 	PYTHON=$(BIN)/python tests/isa.sh

@@ -18,7 +18,7 @@ from configs.check import check_config, check_key
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
 from runtime import launch, usage
-from tests.test_interruptions import ENVIRONMENT, FLAGS
+from tests.test_interruptions import CACHE, ENVIRONMENT, FLAGS
 from tests.tiny import tiny_digits
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +115,7 @@ def test_four_devices_equal_one(tmp_path):
         overrides |= {"snapshot_freq": 4, "snapshot_freq_for_preemption": 4, "score_matching_order": 3}
         arguments = [f"--config.training.{key}={value}" for key, value in overrides.items()]
         arguments += ["--config.model.nf=8", "--config.model.num_layers=1", f"--workdir={workdir}"]
+        arguments += [f"--compilation_cache={CACHE}"]
         done = main("--config=configs/toy/mog_vp.py", "--mode=train", *arguments, devices=devices)
         assert done.returncode == 0, done.stderr
         states.append(checkpoints.restore(workdir / "checkpoints/checkpoint_1").state)
