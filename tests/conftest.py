@@ -43,7 +43,7 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 # Compile time rules the tests' time: a second run finds most programs here.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_utils import golden_config, load_golden, load_params
-from quick import jit
+from quick import busy_jit, jit
 from scipy.integrate import solve_ivp
 from scipy.special import logsumexp
 from test_golden_likelihood import PublicVPSDE
@@ -248,28 +248,31 @@ class Recorded:
         self.x, self.probe = jnp.asarray(self.arrays["data"]), jnp.asarray(self.arrays["epsilon"])
         self.times = np.linspace(self.arrays["eps"], 1, int(self.arrays["nt"]))
 
-    def forward(self):
-        """x at T, float64 [n]."""
+        shape, t_of = self.x.shape, functools.partial(jnp.full, len(self.x))
 
-        @jax.jit
+        @busy_jit  # each is called some thousand times
         def drift(t, x):
-            x, t = x.reshape(self.x.shape), jnp.full(len(self.x), t)
+            x, t = x.reshape(shape), t_of(t)
             half_g_sq = 0.5 * self.sde.diffusion_sq(t)
             return batch_mul(self.sde.drift_coefficient(t), x) - batch_mul(half_g_sq, self.score_fn(x, t))
 
-        return self._solve(drift, (self.times[0], 1.0), np.ravel(self.x), [1.0])[:, -1]
+        @busy_jit
+        def flow(t, state):
+            return jnp.stack(
+                ode_score_flow(self.sde, self.score_fn, self.probe, t_of(t), tuple(state.reshape(2, *shape)))
+            )
+
+        self._drift, self._flow = drift, flow
+        self._compare = busy_jit(lambda x, s, t: compare_scores(self.sde, self.score_fn, x, s, t_of(t), self.probe))
+
+    def forward(self):
+        """x at T, float64 [n]."""
+        return self._solve(self._drift, (self.times[0], 1.0), np.ravel(self.x), [1.0])[:, -1]
 
     def backward(self, x):
         """(x, s_ode), float64 [2n, nt], at the times, from x at T."""
-
-        @jax.jit
-        def flow(t, state):
-            x, score = state.reshape(2, *self.x.shape)
-            t = jnp.full(len(x), t)
-            return jnp.stack(ode_score_flow(self.sde, self.score_fn, self.probe, t, (x, score)))
-
         start = np.concatenate([x, -x / self.sde.prior_std**2])
-        return self._solve(flow, (1.0, self.times[0]), start, self.times[::-1])[:, ::-1]
+        return self._solve(self._flow, (1.0, self.times[0]), start, self.times[::-1])[:, ::-1]
 
     def _solve(self, fun, span, start, times):
         def flow(t, y):
@@ -279,11 +282,10 @@ class Recorded:
 
     def compare(self, states):
         """The means over the batch, {name: [nt]}."""
-        run = jax.jit(lambda x, s, t: compare_scores(self.sde, self.score_fn, x, s, t, self.probe))
         points = []
         for t, state in zip(self.times[-states.shape[1] :], states.T, strict=True):
             x, score = jnp.asarray(state, jnp.float32).reshape(2, *self.x.shape)
-            points.append(run(x, score, jnp.full(len(x), t, jnp.float32)))
+            points.append(self._compare(x, score, jnp.float32(t)))
         return {name: np.mean([getattr(p, name) for p in points], axis=1) for name in RECORDED}
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_utils import golden_config, load_golden, load_params, relative_error
-from quick import jit
+from quick import busy_jit, jit
 from scipy.integrate import solve_ivp
 
 import likelihood
@@ -85,7 +85,7 @@ def test_likelihood_with_the_batch_as_one_example(name, kind):
         return drift[None], divergence[None]
 
     start = recorded["data"][None], jnp.zeros((1, 3))
-    (z, change), _ = jax.jit(lambda y: rk45(whole, y, 1e-5, 1.0))(start)
+    (z, change), _ = busy_jit(lambda y: rk45(whole, y, 1e-5, 1.0))(start)
     bpd = recorded.bpd(recorded.sde.prior_logp(z[0]) + change[0])
     # 3e-3 and 6e-3 at most over six changes of the parameters by 1e-6, which alone move them by 2e-3 and 5e-3
     np.testing.assert_allclose(bpd, recorded[f"{kind}/bpd"], atol=5e-3)
@@ -99,7 +99,7 @@ def test_likelihood(name):
     # At 1e-6 a change of the parameters by 1e-6 moves the results by 7e-4 at most; at 1e-5 by 1.2e-2. What is left is
     # the error of the recorded ones: 9.2e-3, and 3.3e-2 with a Gaussian probe.
     tight = {"rtol": 1e-6, "atol": 1e-6}
-    solve = jax.jit(lambda x, v: likelihood.ode_log_likelihood(recorded.sde, recorded.score_fn, x, v, **tight))
+    solve = busy_jit(lambda x, v: likelihood.ode_log_likelihood(recorded.sde, recorded.score_fn, x, v, **tight))
     logp, _, _ = solve(recorded["data"], recorded["Rademacher/epsilon"])
     np.testing.assert_allclose(recorded.bpd(logp), recorded["Rademacher/bpd"], atol=1.2e-2)
     # With a Gaussian probe the public code estimates D f by f v.v; ours is exact.
@@ -160,7 +160,7 @@ def test_how_well_the_recorded_scheme_repeats_itself(name):
     """
     recorded = Recorded("likelihood", name)
     probe, shape = recorded["Rademacher/epsilon"], recorded["data"].shape
-    evaluate = jax.jit(lambda x, t: flow(recorded.sde, recorded.score_fn, x, t, probe))
+    evaluate = busy_jit(lambda x, t: flow(recorded.sde, recorded.score_fn, x, t, probe))
 
     def rhs(t, y):
         x = jnp.asarray(y[:-3].reshape(shape), jnp.float32)
@@ -183,7 +183,7 @@ def test_likelihood_converges_as_the_tolerance_falls():
         score_fn = get_score_fn(recorded.sde, create_model(golden_config(recorded.arrays)), in_float64, {})
         x, probe = (jnp.asarray(recorded[key], jnp.float64) for key in ("data", "Rademacher/epsilon"))
 
-        @functools.partial(jax.jit, static_argnums=0)
+        @functools.partial(busy_jit, static_argnums=0)
         def bpd(tolerance):
             solver = {"rtol": tolerance, "atol": tolerance, "max_steps": 100_000}
             return recorded.bpd(likelihood.ode_log_likelihood(recorded.sde, score_fn, x, probe, **solver)[0])

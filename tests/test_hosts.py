@@ -91,7 +91,8 @@ def assert_same_training(workdir, single):
     assert np.abs(one - other).mean() < 1  # of 255: a random image differs by some 80
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # quicker, of the mixture: test_run.py::test_four_devices_equal_one
+@pytest.mark.parametrize("devices", [2, 4])
 def test_devices_of_one_host(tmp_path, single, devices):
     """Dropout, data order, times, noise and probes are functions of the example, not of the device."""
     workdir = tmp_path / "run"

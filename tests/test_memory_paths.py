@@ -273,7 +273,8 @@ def test_bfloat16_is_near_float32_and_its_parameters_and_output_are_float32():
     assert 1e-5 < relative_norm(outputs[1], outputs[0]) < 0.03  # bfloat16 has 8 bits: 0.4 % a rounding
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, 2])
 def test_gradients_on_two_devices_are_those_of_one(order):
     """In float64; bfloat16 has 8 bits, 0.4 % a rounding."""
     environment = {**ENVIRONMENT, "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=2"}
