@@ -3,7 +3,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import dequantization
 import loop
 import losses
 import report
-from configs.check import check_config
-from configs.resume import check_resumed
+from configs.check import check_config, flatten
+from configs.resume import BY_MACHINE, check_resumed
 from errors import UserError
 from evaluators import EVALUATORS
 from evaluators.context import Context
@@ -152,7 +152,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             state, parent = _init_from(training, state)
             resumed = state, {"parent": parent}
         state, record = resumed
-        hosts.check_same("config or state", _digest_of(config, state))
+        _check_hosts(config, lambda: digest(state))
         launch.record(workdir, config, int(state.step))
         loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
         plain_loss_fn = losses.get_loss_fn(training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
@@ -202,7 +202,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
                 f"{directory} has a dequantiser of another score model than {path}; set another --deq_folder"
             )
         state, record = resumed or (_init_dequantizer(parts, model), {})
-        hosts.check_same("config or state", _digest_of(config, (state, frozen)))
+        _check_hosts(config, lambda: digest((state, frozen)))
         launch.record(directory, config, int(state.step))
 
         def loss_fn_of(frozen, train=True):
@@ -258,9 +258,11 @@ def _as_levels(data_config: Config) -> Config:
     return levels
 
 
-def _digest_of(config: Config, tree: Any) -> str:
-    """Of all that the hosts must have in common; '' on a single one, where it costs nothing."""
-    return f"{config.to_json_best_effort()} {digest(tree)}" if jax.process_count() > 1 else ""
+def _check_hosts(config: Config, digest_of_arrays: Callable[[], str]) -> None:
+    """UserError, on every host, if they do not all have one config and the same arrays."""
+    if jax.process_count() > 1:
+        common = {key: value for key, value in flatten(config).items() if key not in BY_MACHINE}
+        hosts.check_same("config or parameters", f"{common} {digest_of_arrays()}")
 
 
 def _run(job: loop.Job) -> losses.TrainState:
@@ -319,7 +321,7 @@ def evaluate(
             path = checkpoints.find(workdir / "checkpoints", number, settings.wait_for_checkpoints_s)
             path = path.with_name(f"checkpoint_{hosts.number_of_first(int(path.name.rpartition('_')[2]))}")
             context, result = _load(parts, target, path, out)
-            hosts.check_same("config or parameters", f"{config.to_json_best_effort()} {result}")
+            _check_hosts(config, lambda facts=result: facts["parameters"])
             for evaluator in evaluators:
                 result |= evaluator(context)
             failed += [f"checkpoint {context.number}: {text}" for text in _failures(result)]

@@ -21,7 +21,7 @@ _FIXED = (
     "data.dim",
 )
 _FREE_OF_MODEL = ("model.ema_rate", "model.dropout", "model.remat", "model.dtype")
-_BY_MACHINE = ("data.dir", "training.wandb_project")
+BY_MACHINE = ("data.dir", "training.wandb_project")
 
 
 def check_resumed(config: Any, saved: dict[str, Any], where: Any, fixed_too: tuple[str, ...] = ()) -> None:
@@ -34,7 +34,7 @@ def check_resumed(config: Any, saved: dict[str, Any], where: Any, fixed_too: tup
             f"checkpoint {where} was made with another config: {listed}. Use that one, or another --workdir"
         )
     for key, (old, new) in differing.items():
-        if not key.startswith("eval.") and key not in _BY_MACHINE:
+        if not key.startswith("eval.") and key not in BY_MACHINE:
             logging.info("resuming with %s=%r, which was %r", key, new, old)
 
 

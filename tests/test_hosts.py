@@ -173,7 +173,7 @@ def test_hosts_that_read_different_parameters_end_with_one_line(tmp_path, single
     for process in start_at_once("train", [tmp_path / "0", tmp_path / "1"], **longer):
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 1
-        assert "error: process 1 of this run has config or state other than the first's" in output.splitlines()[-1]
+        assert "error: process 1 of this run has config or parameters other than the first's" in output.splitlines()[-1]
 
 
 def test_a_save_is_due_by_the_clock_of_the_first_host(monkeypatch):
