@@ -101,6 +101,11 @@ def _new(path: Path) -> Path:
     return path.with_name(path.name + _NEW)
 
 
+def _whole(path: Path) -> Path:
+    """The one that is about to take the place of `path`, if there is one: it is whole, and the older one may not be."""
+    return _new(path) if _new(path).is_dir() else path
+
+
 def _take_place(new: Path) -> None:
     """Meanwhile `restore` reads the new one."""
     path = new.with_name(new.name.removesuffix(_NEW))
@@ -160,7 +165,7 @@ def newest_readable(directory: str | Path) -> tuple[Path, "Checkpoint"] | None:
             damaged.append(path)
             logging.warning("%s; set aside as damaged_%s", error, path.name)
             if jax.process_index() == 0:
-                _set_aside(path)
+                _set_aside(_whole(path))
     if damaged:
         raise UserError(f"no checkpoint in {directory} can be read; they are set aside as damaged_checkpoint_*")
     return None
@@ -184,7 +189,7 @@ def restore(path: str | Path, target: Any = None) -> Checkpoint:
     path = Path(path).absolute()
     if path.is_file():
         return Checkpoint(load_legacy(path), {})
-    path = _new(path) if _new(path).is_dir() else path
+    path = _whole(path)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     try:

@@ -41,7 +41,8 @@ def variational(parts: Parts, directory: Path) -> Dequantizer:
     config = parts.config
     path = checkpoints.find(directory / "checkpoints", config.deq.ckpt_id)
     model = create_dequantizer(config.deq.network)
-    state = checkpoints.into(dequantizer_state(parts, model), checkpoints.restore(path).state, path)
+    target = dequantizer_state(parts, model)
+    state = checkpoints.into(target, checkpoints.restore(path, target).state, path)
     logging.info("variational dequantiser: %s", path)
     params = replicate(state.ema_params, jax.local_devices())
     scaler = datasets.get_data_scaler(config.data.centered)

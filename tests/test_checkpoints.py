@@ -63,6 +63,15 @@ def test_a_run_killed_while_the_new_one_takes_the_place_of_the_old(tmp_path, mon
     assert restored(path) == (2, {"of": "two"})
 
 
+def test_a_damaged_one_that_was_to_take_a_place_is_set_aside(tmp_path):
+    checkpoints.save(tmp_path, state(1), 2)
+    new = checkpoints.save(tmp_path, state(2), 3).rename(tmp_path / "checkpoint_3.new")
+    shutil.rmtree(new / "state")
+    path, found = checkpoints.newest_readable(tmp_path)
+    assert path.name == "checkpoint_2" and found.state["step"] == 1
+    assert (tmp_path / "damaged_checkpoint_3.new").is_dir()
+
+
 def test_a_file_of_the_public_code_is_kept_aside(tmp_path):
     (tmp_path / "checkpoint_3").write_bytes(b"downloaded")
     path = checkpoints.save(tmp_path, state(1), 3)
