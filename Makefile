@@ -16,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 	touch $@
 
 quickstart: .venv/run.stamp
-	$(BIN)/python quickstart.py --workdir runs/quickstart
+	$(BIN)/python -m reproduce.quickstart --workdir runs/quickstart
 
 reproduce-fast: .venv/run.stamp
 	$(BIN)/python -m reproduce --fast --workdir runs/reproduce-fast --out runs/reproduce-fast/results

@@ -7,7 +7,6 @@ s_ode = grad log q_t is what s becomes if the model's SDE and ODE agree; the pap
 ODE is made of the distances below (Lu et al. 2022, arXiv 2206.08265, section 3 and the curves of its experiments).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,9 +17,8 @@ from jaxtyping import Array, Float
 
 from likelihood import score_and_divergence
 from ode import rk45
-from sde_lib import SDE, batch_mul
+from sde_lib import SDE, ScoreFn, batch_mul
 
-ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 Batch = Float[Array, "B *shape"]
 Probes = Float[Array, "P B *shape"]
 PerExample = Float[Array, "B"]
@@ -85,7 +83,7 @@ def fisher_curves(
     probe = probe if probe is None else probe.reshape(-1, *x.shape[1:])  # probe by probe, as `tile` makes x
 
     def forward(t, x):
-        return batch_mul(sde.drift_coefficient(t), x) - batch_mul(0.5 * sde.diffusion_sq(t), score_fn(x, t))
+        return sde.probability_flow(x, t, score_fn(x, t))
 
     def interval(state, span):
         start, end = span
@@ -110,8 +108,8 @@ def ode_score_flow(
     """d(x, s_ode) / dt at (x, s_ode), as in `fisher_curves`."""
     x, ode_score = state
     score, _, pulled = _pull_back(score_fn, x, t, probe, ode_score)
-    f, half_g_sq = sde.drift_coefficient(t), 0.5 * sde.diffusion_sq(t)
-    return batch_mul(f, x) - batch_mul(half_g_sq, score), batch_mul(half_g_sq, pulled) - batch_mul(f, ode_score)
+    # the score's equation is the flow's for (-f, -g^2), with what is pulled back in the score's place
+    return sde.probability_flow(x, t, score), -sde.probability_flow(ode_score, t, pulled)
 
 
 def compare_scores(

@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of a trained model, each computed per example before any mean."""
+"""Metrics and statistics: means with their errors, IS, FID and KID, and the file of a data set's features."""
 
+import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.util
 import math
 import sys
 import types
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from absl import logging
+from jaxtyping import Float
 from scipy.linalg import solve_triangular
 
 import datasets
 from errors import UserError
-from inception import UNKNOWN, Features, Statistics
-from inception import compute_statistics as compute_statistics
-from inception import inception_features as inception_features
-from inception import load_features as load_features
-from inception import load_statistics as load_statistics
-from inception import statistics_path as statistics_path
-from inception import stats as stats
+from runtime import records
 
 KID_BLOCK_SIZE = 1024  # tensorflow-gan's default, which the public code keeps
 
@@ -81,79 +79,39 @@ def gaussian_bits_per_dim(
     return float(nats / (dim * math.log(2)) + 8)
 
 
-class Grid(NamedTuple):
-    """A rule of quadrature: int f = sum of weights * f(points). In 2-D the points are row-major, as many on each axis.
+# Samples of images. TensorFlow is imported late, because training needs none of this.
+UNKNOWN = "unknown (public layout)"  # features of a statistics file of the public code
 
-    Every third point of each axis makes a coarser rule of the same kind, of the points `thirds`.
+FeatureFn = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """A network of features, and what a result must say about it.
+
+    fn: (images uint8 [N, H, W, 1 or 3], batch size) -> pool_3 float32 [N, d], logits float32 [N, k].
+    hash: of the SavedModel's graph and weights. resize: who brings the images to the network's size, and how.
+    comparable: whether results compare with published ones, as far as can be known; note: why.
     """
 
-    points: Float[np.ndarray, "M D"]
-    weights: Float[np.ndarray, "M"]
-    thirds: Int[np.ndarray, "m"]
+    fn: FeatureFn
+    name: str
+    hash: str
+    resize: str
+    comparable: bool
+    note: str
 
 
-def density_grid(dataset: datasets.Dataset, points: int = 3999, points_2d: int = 126) -> tuple[Grid, np.ndarray]:
-    """A grid over 1-D or 2-D data with a margin of a quarter of their range; data float32 [N, D]."""
-    data = np.stack([dataset.test[i] for i in range(min(5000, len(dataset.test)))]).astype(np.float64)
-    margin = 0.25 * (data.max(axis=0) - data.min(axis=0))
-    ends = zip(data.min(axis=0) - margin, data.max(axis=0) + margin, strict=True)
-    count = points if data.shape[1] == 1 else points_2d
-    axes, weights = zip(*(_midpoints(low, high, dataset.breaks, count) for low, high in ends), strict=True)
-    shape = [len(axis) for axis in axes]
-    thirds = np.arange(math.prod(shape)).reshape(shape)[(slice(1, None, 3),) * len(shape)]
-    grid = np.stack([g.reshape(-1) for g in np.meshgrid(*axes, indexing="ij")], axis=-1)
-    product = functools.reduce(np.multiply.outer, weights).reshape(-1)
-    return Grid(grid.astype(np.float32), product, thirds.reshape(-1)), data.astype(np.float32)
+class Statistics(NamedTuple):
+    """The features of a data set: pool_3 [N, d] and where they are from; `hash` is of pool_3's bytes."""
+
+    path: str
+    pool_3: np.ndarray
+    hash: str
+    features_name: str
+    features_hash: str
 
 
-def _midpoints(low: float, high: float, breaks: Sequence[float], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` points or a few more of [low, high], and their weights: the midpoint rule, of second order or better.
-
-    Between breaks, where the density jumps and a model's has a thin layer, the rule is that of u in [0, 1] with
-    x = start + width (10 u^3 - 15 u^4 + 6 u^5): dx/du vanishes at both ends, so the points are dense there.
-    """
-    ends = np.array([low, *(at for at in breaks if low < at < high), high])
-    n = 3 * math.ceil(count / (3 * (len(ends) - 1)))
-    u = (np.arange(n) + 0.5) / n
-    x, slope = u, np.ones(n)
-    if len(ends) > 2:
-        x, slope = u**3 * (10 - 15 * u + 6 * u**2), 30 * u**2 * (1 - u) ** 2
-    width = np.diff(ends)[:, None]
-    return (ends[:-1, None] + width * x).reshape(-1), (width * slope / n).reshape(-1)
-
-
-def quadrature_nll(
-    model_logp: Float[np.ndarray, "M"],
-    true_logp: Float[np.ndarray, "M"],
-    weights: float | Float[np.ndarray, "M"],
-    thirds: Int[np.ndarray, "m"] | None = None,
-) -> dict[str, Any]:
-    """NLL = -int p log q, entropy -int p log p and KL(p || q) in nats, by quadrature; weights: one for all, or each.
-
-    p is normalised on the grid, so the entropy and the NLL carry the same small error and their difference, KL, less.
-    `model_mass` = int q should be close to 1: it tells whether the grid is wide and the ODE tolerance tight enough.
-    With the `thirds` of a `Grid` also `kl_grid_error`, an estimate of KL's error: |KL - KL of the thirds| / (3^2 - 1),
-    by Richardson for a rule of second order.
-    """
-    true_logp, model_logp = np.asarray(true_logp, np.float64), np.asarray(model_logp, np.float64)
-    p = weights * np.where(np.isfinite(true_logp), np.exp(true_logp), 0.0)
-    p = p / np.sum(p)
-    entropy = -np.sum(p * np.where(p > 0, true_logp, 0.0))
-    nll = -np.sum(p * model_logp)
-    result = {
-        "exact_nll": float(nll),
-        "true_entropy": float(entropy),
-        "kl": float(nll - entropy),
-        "model_mass": float(np.sum(weights * np.exp(model_logp))),
-    }
-    if thirds is not None:
-        of_thirds = np.broadcast_to(weights, model_logp.shape)[thirds]
-        coarse = quadrature_nll(model_logp[thirds], true_logp[thirds], of_thirds)
-        result["kl_grid_error"] = abs(result["kl"] - coarse["kl"]) / 8
-    return result
-
-
-# Samples of images. Features are in `inception`; TensorFlow is imported late, because training needs none of this.
 class KernelDistance(NamedTuple):
     """`mean`: KID of all features. `stderr`: its standard error. The rest: the subsets' own KIDs."""
 
@@ -305,3 +263,80 @@ def sample_metrics(
             "features_hash": statistics.features_hash,
         },
     }
+
+
+def statistics_path(data_config: Any, stats_path: str = "") -> Path:
+    """stats_path or, if empty, assets/stats/<name>_stats.npz, in the working directory: the public code's names."""
+    return Path(stats_path).expanduser() if stats_path else Path("assets/stats", f"{_data_name(data_config)}_stats.npz")
+
+
+def _data_name(data_config: Any) -> str:
+    """cifar10, imagenet32 (its newer copy imagenet_resized32), lsun_<category>_<size>, else the name in lower case."""
+    name, size = data_config.dataset, data_config.image_size
+    if name == "LSUN":
+        return f"lsun_{data_config.category}_{size}"
+    if name == "ImageNet":
+        newer = data_config.category == "imagenet_resized"
+        return f"imagenet_resized{size}" if newer else f"imagenet{size}"
+    return name.lower()
+
+
+def load_statistics(path: Path, data_config: Any = None) -> Statistics:
+    """The features that `compute_statistics` wrote, or of a public file, an npz with `pool_3` [N, d] and no more.
+
+    UserError: no such file, not one of these, or, if data_config is given, one of other images.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path}, the features of the training images, does not exist: make it with --mode stats, "
+            "or set eval.stats_path"
+        )
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # np.load leaves a damaged file open
+            arrays = {name: saved[name] for name in saved.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as an npz file ({error}); make it with --mode stats") from error
+    if "pool_3" not in arrays or len(arrays["pool_3"]) < 2:
+        raise UserError(f"{path} has no array pool_3 of two rows or more; make it with --mode stats")
+    if data_config is not None and "data" in arrays and str(arrays["data"]) != _images_name(data_config):
+        raise UserError(
+            f"{path} is of {arrays['data']}, not of {_images_name(data_config)}: "
+            "set eval.stats_path to another file and make it with --mode stats"
+        )
+    pool_3 = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)
+    name, hash_ = (str(arrays.get(key, UNKNOWN)) for key in ("features_name", "features_hash"))
+    digest = hashlib.sha256(np.ascontiguousarray(pool_3).data).hexdigest()[:16]
+    return Statistics(str(path), pool_3, digest, name, hash_)
+
+
+def _images_name(data_config: Any) -> str:
+    return f"{_data_name(data_config)} {data_config.image_size}x{data_config.image_size}"
+
+
+def compute_statistics(
+    dataset: datasets.Dataset, data_config: Any, features: Features, path: Path, batch_size: int = 100
+) -> Path:
+    """Writes the features of every training image, in order and as it is: 8 bits, no flip, no dequantisation.
+
+    Holds the N d features once. UserError if the file there is of other features, a public one for example: it may not
+    be possible to make it anew.
+    """
+    if path.exists() and (old := load_statistics(path).features_hash) != features.hash:
+        raise UserError(f"{path} exists, of features {old}, not {features.hash}: move it or set eval.stats_path")
+    count, pool_3 = len(dataset.train), np.empty((0, 0), np.float32)
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        batch, _ = features.fn(dataset.train[np.arange(start, stop)], batch_size)
+        if start == 0:
+            pool_3 = np.empty((count, batch.shape[1]), np.float32)
+        pool_3[start:stop] = batch
+        if 10 * stop // count > 10 * start // count:
+            logging.info("features of the training images: %d of %d", stop, count)
+    text = {
+        "data": _images_name(data_config),
+        "features_name": features.name,
+        "features_hash": features.hash,
+        "resize": features.resize,
+    }
+    records.write_npz(path, pool_3=pool_3, **{key: np.array(value) for key, value in text.items()})
+    return path

@@ -8,17 +8,15 @@ g(t), score s, J = ds/dx, D = number of entries of one x, probe v with E[v v^T] 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from errors import UserError
-from ode import STARTING_EVALUATIONS, adams_bashforth, rk45, rk45_queue
-from sde_lib import SDE, batch_mul
+from ode import STARTING_EVALUATIONS, adams_bashforth, rk45
+from sde_lib import SDE, ScoreFn, batch_mul
 
-ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 Batch = Float[Array, "B *shape"]
 Probes = Float[Array, "K B *shape"]
 PerExample = Float[Array, "B"]
@@ -38,10 +36,15 @@ def probe(key: PRNGKeyArray, shape: tuple[int, ...], kind: str) -> Array | None:
     raise UserError(f"eval.hutchinson_type={kind!r} is unknown; use rademacher, gaussian or exact")
 
 
-def probes(key: PRNGKeyArray, shape: tuple[int, ...], kind: str, count: int) -> Array | None:
-    """`count` of `probe` [count, *shape], or its None: one is that of the key itself, more are those of its splits."""
-    keys = jax.random.split(key, count) if count > 1 else key[None]
-    return jax.vmap(lambda key: probe(key, shape, kind))(keys)
+def probes(keys: Shaped[Array, "B *key"], shape: tuple[int, ...], kind: str, count: int) -> Array | None:
+    """Draws `count` probes an example, each a function of the example's key: [count, B, *shape], or [B, *shape] if one.
+
+    Returns None if `kind` is 'exact', which needs no probe. See `probe` for the kinds.
+    """
+    if count == 1 or kind.lower() == "exact":
+        return jax.vmap(lambda key: probe(key, shape, kind))(keys)
+    several = jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+    return jax.vmap(jax.vmap(lambda key: probe(key, shape, kind)))(several)
 
 
 def score_and_divergence(
@@ -81,9 +84,6 @@ def ode_log_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 20_000,
-    variables: str = "t",
-    data_std: float = 0.25,
-    lanes: int = 0,
 ) -> tuple[PerExample, Batch, Int[Array, "B"]]:
     """Log density of x under the probability flow ODE (Song et al. 2021, arXiv 2011.13456, appendix D.2).
 
@@ -94,43 +94,26 @@ def ode_log_likelihood(
     result nor the error estimate reads the divergence there (`ode.rk45`).
 
     Args:
-        rtol, atol: of one step's error in the state, which is x or w, and log p.
-        variables: what the solver steps in, a key of VARIABLES. "t": x over t, as above. "log_snr": see
-            `log_snr_variables`; the same density, in fewer steps for most networks.
-        data_std: for "log_snr", about the standard deviation of x.
-        lanes: > 0: only so many examples at a time, see `ode.rk45_queue`; 0: all at once.
+        rtol, atol: of one step's error in the state, which is x and log p.
 
     Returns:
         log p(x) in nats [B], z [B, ...], evaluations of the score [B]. An example that the solver gave up on has NaN
         for log p(x) and z (see `ode.rk45`).
     """
-    if variables not in VARIABLES:
-        raise UserError(f"eval.ode_variables={variables!r} is unknown; use one of {', '.join(VARIABLES)}")
     dim = math.prod(x.shape[1:])
-    flow, start, end, scales, unit = VARIABLES[variables](sde, eps, data_std, dim, x.dtype)
-    state = x / scales[0], jnp.zeros(x.shape[0], x.dtype)
 
-    def derivative(time, state, v):
-        return flow(lambda x, t: score_and_divergence(score_fn, x, t, v), time, state)
+    def derivative(t, state):
+        score, divergence = score_and_divergence(score_fn, state[0], t, probe)
+        log_rate = dim * sde.drift_coefficient(t) - 0.5 * sde.diffusion_sq(t) * divergence
+        return sde.probability_flow(state[0], t, score), log_rate
 
-    def without_divergence(time, state, v):
-        return flow(lambda x, t: (score_fn(x, t), jnp.zeros_like(t)), time, state)
+    def without_divergence(t, state):
+        return sde.probability_flow(state[0], t, score_fn(state[0], t)), jnp.zeros_like(t)
 
-    solver: dict[str, Any] = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
-    if lanes:
-        if probe is not None and probe.ndim > x.ndim:
-            probe = jnp.moveaxis(probe, 0, 1)  # examples lead
-
-        def of_rows(time, state, v):
-            return derivative(time, state, v if v is None or v.ndim == x.ndim else jnp.moveaxis(v, 1, 0))
-
-        solver["second_stage"] = without_divergence
-        (w, change), stats = rk45_queue(of_rows, state, start, end, probe, lanes=lanes, **solver)
-    else:
-        solver["second_stage"] = functools.partial(without_divergence, v=None)
-        (w, change), stats = rk45(functools.partial(derivative, v=probe), state, start, end, **solver)
-    z = w * scales[1]
-    return sde.prior_logp(z) + dim * jnp.log(scales[1] / scales[0]) + unit * change, z, stats.nfe
+    state = x, jnp.zeros(x.shape[0], x.dtype)
+    solver = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+    (z, change), stats = rk45(derivative, state, eps, sde.T, second_stage=without_divergence, **solver)
+    return sde.prior_logp(z) + change, z, stats.nfe
 
 
 def even_grid_log_likelihood(
@@ -148,109 +131,49 @@ def even_grid_log_likelihood(
     A network's score is rough in t, by its embedding of the time, and its divergence more so. An adaptive solver has to
     resolve that, or errs by it; an even grid averages it out (benchmarks/README.md, "Likelihood").
 
+    It steps in w = x / c over u = log(sigma / (alpha S)), which is -log_snr / 2 - log S. With S = data_std and c^2 =
+    alpha^2 + sigma^2 / S^2, c S is the deviation at t of Gaussian data of deviation S, so w keeps the size of the data
+    at every noise level. Since g^2 / 2 dt = sigma^2 du, the ODE is that of the score over the Gaussian's,
+
+        dw/du = -sigma^2 r(x, t) / c,  r = s + x / (c S)^2,
+        log p(x) = log prior(z) + D log(c(T) / c(eps)) - integral of sigma^2 tr(dr/dx) du,
+
+    and for such data there is nothing to integrate. The density does not depend on S.
+
     Args:
         steps: an even number, 4 or more; UserError for another.
-        data_std: S of `log_snr_variables`, about the standard deviation of x.
+        data_std: S, about the standard deviation of x.
 
     Returns:
         log p(x) in nats [B], z [B, ...], evaluations of the score [B], and by how much log p(x) would change if every
-        other evaluation were left out [B]: about the error that a rough score makes; a smooth one's is not in it. An
-        example that is not finite is NaN throughout.
+        other evaluation were left out [B]. That is about the error that a rough score makes; the error of the formula
+        for a smooth score is not in it. An example that is not finite is NaN throughout.
     """
     dim = math.prod(x.shape[1:])
-    flow, start, end, scales, unit = even_in_log_snr(log_snr_variables(sde, eps, data_std, dim, x.dtype))
+
+    def scale(t):
+        return jnp.sqrt(jnp.square(sde.alpha(t)) + jnp.square(sde.sigma(t) / data_std))
 
     def derivative(u, state):
-        return flow(lambda x, t: score_and_divergence(score_fn, x, t, probe), u, state)
+        t = jnp.clip(sde.time_at_log_snr(-2 * (u + math.log(data_std))), eps, sde.T)
+        c, sigma_sq = scale(t), jnp.square(sde.sigma(t))
+        x, gaussian = batch_mul(c, state[0]), 1 / jnp.square(c * data_std)
+        score, divergence = score_and_divergence(score_fn, x, t, probe)
+        residual = score + batch_mul(gaussian, x)
+        return batch_mul(-sigma_sq / c, residual), -sigma_sq * (divergence + dim * gaussian)
 
-    state = x / scales[0], jnp.zeros(x.shape[0], x.dtype)
+    ends = jnp.asarray([eps, sde.T], x.dtype)
+    (first, last), (start, end) = scale(ends), -0.5 * sde.log_snr(ends) - math.log(data_std)
+    state = x / first, jnp.zeros(x.shape[0], x.dtype)
     (w, change), (w_by, change_by) = adams_bashforth(derivative, state, start, end, steps=steps)
-    z = w * scales[1]
+    z = w * last
     log_prior = sde.prior_logp(z)
-    logp = log_prior + dim * jnp.log(scales[1] / scales[0]) + unit * change
-    by = sde.prior_logp(z + w_by * scales[1]) - log_prior + unit * change_by
+    logp = log_prior + dim * jnp.log(last / first) + change
+    by = sde.prior_logp(z + w_by * last) - log_prior + change_by
     whole = jnp.isfinite(logp) & jnp.isfinite(by)
     nfe = jnp.full(len(x), steps + STARTING_EVALUATIONS)
     logp, z, error = (batch_mul(jnp.where(whole, 1, jnp.nan), value) for value in (logp, z, jnp.abs(by)))
     return logp, z, nfe, error
-
-
-class Variables(NamedTuple):
-    """The ODE in the variables that the solver steps in: a time, and x / scale with log p / unit."""
-
-    # (what gives score and divergence at x and t, time [B], state) -> d state / d time
-    flow: Callable[..., tuple[Batch, PerExample]]
-    start: Array | float
-    end: Array | float
-    scales: tuple[Array | float, Array | float]  # at both ends
-    unit: float
-
-
-def plain_variables(sde: SDE, eps: float, data_std: float, dim: int, dtype: Any) -> Variables:
-    """x over t."""
-
-    def flow(score_and_divergence, t, state):
-        x, _ = state
-        score, divergence = score_and_divergence(x, t)
-        f, half_g_sq = sde.drift_coefficient(t), 0.5 * sde.diffusion_sq(t)
-        return batch_mul(f, x) - batch_mul(half_g_sq, score), dim * f - half_g_sq * divergence
-
-    return Variables(flow, eps, sde.T, (1.0, 1.0), 1.0)
-
-
-def log_snr_variables(sde: SDE, eps: float, data_std: float, dim: int, dtype: Any) -> Variables:
-    """w = x / c over tau, where sinh tau = sigma / (alpha S), c = alpha cosh tau, S = data_std.
-
-    tau is -log_snr / 2 + log(2 / S) at large noise, and linear in sigma / alpha at small. c^2 S^2 = alpha^2 S^2 +
-    sigma^2 is the variance at t of Gaussian data of deviation S, so that w keeps the size of the data, and tolerances
-    their meaning, at every noise level. With g^2 / 2 dt = sigma^2 coth(tau) d tau the ODE is that of the score over
-    the Gaussian's,
-
-        dw/d tau = -S sigma r(x, t),  r = s + x / (c S)^2,
-        log p(x) = log prior(z) + D log(c(T) / c(eps)) - integral of sigma^2 coth(tau) tr(dr/dx) d tau,
-
-    which is nothing to integrate for such data. A choice of S changes the steps and not the density. The log density
-    is in units of sqrt(D) nats, the size of its spread over typical x.
-    """
-
-    unit = math.sqrt(dim)
-
-    def tau_and_scale(t):
-        tau = jnp.arcsinh(jnp.exp(jnp.log(sde.sigma(t)) - sde.log_alpha(t)) / data_std)
-        return tau, sde.alpha(t) * jnp.cosh(tau)
-
-    def flow(score_and_divergence, tau, state):
-        w, _ = state
-        t = jnp.clip(sde.time_at_log_snr(-2 * jnp.log(data_std * jnp.sinh(tau))), eps, sde.T)
-        alpha, sigma = sde.alpha(t), sde.sigma(t)
-        scale = alpha * jnp.cosh(tau)
-        x = batch_mul(scale, w)
-        score, divergence = score_and_divergence(x, t)
-        gaussian = 1 / jnp.square(scale * data_std)
-        residual = score + batch_mul(gaussian, x)
-        change = -jnp.square(sigma) / jnp.tanh(tau) * (divergence + dim * gaussian)
-        return batch_mul(-data_std * sigma, residual), change / unit
-
-    (start, first_scale), (end, last_scale) = (tau_and_scale(jnp.asarray(t, dtype)) for t in (eps, sde.T))
-    return Variables(flow, start, end, (first_scale, last_scale), unit)
-
-
-def even_in_log_snr(variables: Variables) -> Variables:
-    """Those of `log_snr_variables` over u = log sinh tau = log(sigma / (alpha S)), the log-SNR by -1/2 and a shift."""
-
-    def flow(score_and_divergence, u, state):
-        w, change = variables.flow(score_and_divergence, jnp.arcsinh(jnp.exp(u)), state)
-        slope = jax.lax.logistic(2 * u) ** 0.5  # d tau / du = tanh tau
-        return batch_mul(slope, w), slope * change
-
-    start, end = (jnp.log(jnp.sinh(tau)) for tau in (variables.start, variables.end))
-    return variables._replace(flow=flow, start=start, end=end)
-
-
-VARIABLES: dict[str, Callable[[SDE, float, float, int, Any], Variables]] = {
-    "t": plain_variables,
-    "log_snr": log_snr_variables,
-}
 
 
 def likelihood_bound(
@@ -289,9 +212,9 @@ def likelihood_bound(
 
     def add_sample(total, number):
         u, noise, v = jax.vmap(lambda key: draw(jax.random.fold_in(key, number)))(time_keys)
-        t = sde.importance_weighted_time(u, eps) if importance_weighting else eps + u * (sde.T - eps)
+        t = sde.time(u, eps, importance_weighting)
         integrand = bound_integrand(sde, score_fn, x, t, noise, v, denoising=denoising)
-        return total + integrand * inverse_time_density(sde, t, eps, importance_weighting), None
+        return total + integrand * sde.inverse_time_density(t, eps, importance_weighting), None
 
     total, _ = jax.lax.scan(add_sample, jnp.zeros(x.shape[0], x.dtype), jnp.arange(num_time_samples))
     bound = bound_prior(sde, x, normal(prior_keys)) - total / num_time_samples
@@ -317,14 +240,6 @@ def bound_integrand(
         score, cross = score_and_divergence(score_fn, x_t, t, probe)
     rate = 0.5 * sde.diffusion_sq(t) * (_inner(score, score) + 2 * cross)
     return rate - math.prod(x.shape[1:]) * sde.drift_coefficient(t)
-
-
-def inverse_time_density(sde: SDE, t: PerExample, eps: float, importance_weighting: bool) -> PerExample:
-    """1 / q(t): T - eps for uniform times, (lambda(eps) - lambda(T)) sigma^2 / g^2 for times uniform in lambda."""
-    if not importance_weighting:
-        return jnp.full_like(t, sde.T - eps)
-    start, end = sde.log_snr_range(eps, t.dtype)
-    return (start - end) * jnp.square(sde.sigma(t)) / sde.diffusion_sq(t)
 
 
 def bound_prior(sde: SDE, x: Batch, noise: Batch) -> PerExample:

@@ -17,9 +17,8 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from errors import UserError
-from sde_lib import SDE, batch_mul
+from sde_lib import SDE, ScoreFn, batch_mul
 
-ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 PyTree = Any
 # (params, model_state, dropout keys [B]) -> score function
 ScoreFnOfParams = Callable[[PyTree, PyTree, Array], ScoreFn]
@@ -185,8 +184,7 @@ def draw(
         return jax.random.uniform(t_key), z, jax.random.rademacher(v_key, shape, z.dtype)
 
     u, z, v = jax.vmap(draw_one)(index)
-    t = sde.importance_weighted_time(u, eps) if importance else eps + u * (sde.T - eps)
-    return Draws(t, z, v)
+    return Draws(sde.time(u, eps, importance), z, v)
 
 
 # (sde, t [B]) -> w(t) [B], the factor on `DSMLosses.first`

@@ -49,19 +49,6 @@ flags.DEFINE_string("compilation_cache", "~/.cache/mle_score_ode", "Folder of co
 flags.mark_flags_as_required(["config", "mode"])
 
 
-def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs on disk, so that a second launch starts in a fraction of the time."""
-    import jax
-
-    from runtime import programs
-
-    if folder:
-        path = Path(folder).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        programs.keep_in(path / "programs")
-
-
 def log_config() -> None:
     """The config file, and what the command line changes of it."""
     flag = FLAGS["config"]
@@ -81,12 +68,14 @@ def main(argv: list[str]) -> None:
     from runtime import hosts
 
     hosts.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-    use_compilation_cache(FLAGS.compilation_cache)
+    if FLAGS.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(FLAGS.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if FLAGS.mode == "stats":
         logging.set_verbosity(logging.INFO)
-        import evaluation
+        import run_lib
 
-        print(evaluation.stats(FLAGS.config))
+        print(run_lib.stats(FLAGS.config))
         return
     if FLAGS.workdir is None:
         raise UserError(f"--mode {FLAGS.mode} needs --workdir, the folder of the run")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three jobs, `train`, `train_deq` and `evaluate`: each builds its parts once and runs them under pmap."""
+"""The modes of `main.py`: `train`, `train_deq`, `evaluate` and `stats`."""
 
 import functools
 import math
@@ -15,8 +15,7 @@ from absl import logging
 import checkpoints
 import datasets
 import dequantization
-import loop
-import losses
+import evaluation
 import report
 from configs.check import check_config, flatten
 from configs.resume import BY_MACHINE, check_resumed
@@ -24,28 +23,26 @@ from errors import UserError
 from evaluators import EVALUATORS
 from evaluators.context import Context
 from evaluators.dequantized import uniform, variational
+from evaluators.inception import load_features
+from evaluators.snapshots import sample_saver
 from evaluators.units import code_digest
 from models.flowpp import create_dequantizer
-from parts import Config, Parts, all_devices, build, dequantizer_state, digest, on_this_host, replicate, shard
-from runtime import hosts, launch
+from runtime import hosts, launch, loop, losses
+from runtime.devices import all_devices, digest, on_this_host, replicate, shard
 from runtime.locks import workdir_lock
 from runtime.records import read_json, write_json
-from snapshots import sample_saver
+from task import Config, Task, build, dequantizer_state
 
 
-def pmapped_steps(config: Config, step_fn_of, frozen: Any = ()) -> loop.Steps:
-    """(state, x [devices, n, b, ...]) -> (state, metrics [devices, n]): n steps of `step_fn_of(frozen)`.
-
-    config: all that `step_fn_of` depends on, beside the code.
-    frozen: parameters that do not change, an argument of the program because as constants they would swell it.
-    """
+def pmapped_steps(config: Config, step_fn_of: Callable) -> Any:
+    """n steps of `step_fn_of(frozen)` as a pmap: (state, x [devices, n, b, ...], frozen) -> (state, metrics)."""
 
     @functools.partial(jax.pmap, axis_name="batch", donate_argnums=0, devices=all_devices())
     def steps(state, x, frozen):
         with jax.default_matmul_precision(config.training.matmul_precision):
             return jax.lax.scan(step_fn_of(frozen), state, x)
 
-    return loop.Steps(steps, replicate(frozen), facts=config.to_dict())
+    return steps
 
 
 def _snapshot_number(config, step: int) -> int:
@@ -106,20 +103,20 @@ def _init_from(training: Config, state: losses.TrainState) -> tuple[losses.Train
     return source.replace(key=key), parent
 
 
-def _eval_fn(parts: Parts, loss_fn_of, frozen: Any = (), **options: Any):
+def _eval_fn(task: Task, loss_fn_of, frozen: Any = (), **options: Any):
     """(state) -> terms of `loss_fn_of(frozen)` on the first test examples: a batch of images, eight of points.
 
     Their means, and the terms of each of this host's examples [b]. The same examples, times, noise and probes every
     time, so that the curve shows the network and not the draw. options: of `datasets.eval_batch`.
     """
-    config = parts.config
+    config = task.config
     devices = jax.device_count()
-    size = config.training.batch_size * (1 if parts.dataset.is_image else 8)
-    size = min(size, len(parts.dataset.test)) // devices * devices
+    size = config.training.batch_size * (1 if task.dataset.is_image else 8)
+    size = min(size, len(task.dataset.test)) // devices * devices
     if size == 0:
-        raise UserError(f"the test split of {parts.dataset.name} has fewer examples than there are devices, {devices}")
+        raise UserError(f"the test split of {task.dataset.name} has fewer examples than there are devices, {devices}")
     index = np.arange(size).reshape(jax.process_count(), -1)[jax.process_index()]
-    x = datasets.eval_batch(parts.dataset, config.data, "test", index, seed=config.seed, **options)
+    x = datasets.eval_batch(task.dataset, config.data, "test", index, seed=config.seed, **options)
 
     @functools.partial(jax.pmap, axis_name="batch", devices=all_devices())
     def terms(params, model_state, x, index, frozen):
@@ -144,33 +141,32 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
     `samples/` and `report/` under `workdir`. A signal ends it early, saved. Returns the last state, on the host.
     """
     workdir = Path(workdir)
-    parts = build(config)
+    task = build(config)
     with workdir_lock(workdir):
         training = config.training
-        state = parts.init_state()
+        state = task.init_state()
         if (resumed := _resume(config, workdir, state)) is None:
             state, parent = _init_from(training, state)
             resumed = state, {"parent": parent}
         state, record = resumed
         _check_hosts(config, lambda: digest(state))
         launch.record(workdir, config, int(state.step))
-        loss_fn = losses.get_loss_fn(training, parts.sde, parts.score_fn)
-        plain_loss_fn = losses.get_loss_fn(training, parts.sde, lambda p, s, _: parts.score_fn(p, s))
-        step_fn = losses.get_step_fn(
-            loss_fn, parts.optimizer, config.model.ema_rate, num_microbatches=training.num_microbatches
-        )
+        loss_fn = losses.get_loss_fn(training, task.sde, task.score_fn)
+        plain_loss_fn = losses.get_loss_fn(training, task.sde, lambda p, s, _: task.score_fn(p, s))
+        parts = training.num_microbatches
+        step_fn = losses.get_step_fn(loss_fn, task.optimizer, config.model.ema_rate, num_microbatches=parts)
         order = training.score_matching_order
-        launch.log_start(parts, state, f"{config.model.name}, order {order}", training.n_iters)
+        launch.log_start(task, state, f"{config.model.name}, order {order}", training.n_iters)
         job = loop.Job(
             config=config,
             directory=workdir,
             state=state,
             record=record,
-            loader=_train_loader(parts, config.data, record.get("parent", "")),
+            loader=_train_loader(task, config.data, record.get("parent", "")),
             p_step=pmapped_steps(config, lambda _: step_fn),
             n_iters=training.n_iters,
-            eval_fn=_eval_fn(parts, lambda _: plain_loss_fn, dequantize=config.data.uniform_dequantization),
-            on_snapshot=sample_saver(parts, workdir) if training.snapshot_sampling else None,
+            eval_fn=_eval_fn(task, lambda _: plain_loss_fn, dequantize=config.data.uniform_dequantization),
+            on_snapshot=sample_saver(task, workdir) if training.snapshot_sampling else None,
             facts={"parent": record.get("parent", "")},
             snapshot_number=functools.partial(_snapshot_number, config),
         )
@@ -186,69 +182,69 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
     """
     workdir = Path(workdir)
     path = checkpoints.find(workdir / "checkpoints", config.eval.ckpt_id)
-    parts = build(config)
-    if not parts.dataset.is_image:
+    task = build(config)
+    if not task.dataset.is_image:
         raise UserError(f"--mode train_deq needs 8-bit images; data.dataset={config.data.dataset!r} has none")
     directory = workdir / deq_folder
     with workdir_lock(directory):
-        target = parts.init_state()
+        target = task.init_state()
         score = checkpoints.into(target, checkpoints.restore(path, target).state, path)
         frozen = score.ema_params, score.model_state
         facts = {"score_model": digest(frozen)}
         model = create_dequantizer(config.deq.network, config.deq.dropout)
-        resumed = _resume(config, directory, dequantizer_state(parts, model), ("deq.network",))
+        resumed = _resume(config, directory, dequantizer_state(task, model), ("deq.network",))
         if resumed is not None and resumed[1]["score_model"] != facts["score_model"]:
             raise UserError(
                 f"{directory} has a dequantiser of another score model than {path}; set another --deq_folder"
             )
-        state, record = resumed or (_init_dequantizer(parts, model), {})
+        state, record = resumed or (_init_dequantizer(task, model), {})
         _check_hosts(config, lambda: digest((state, frozen)))
         launch.record(directory, config, int(state.step))
 
-        def loss_fn_of(frozen, train=True):
-            loss_fn = dequantization.get_loss_fn(
-                parts.sde,
-                parts.score_fn(*frozen),
-                model,
-                datasets.get_data_scaler(config.data.centered),
-                parts.inverse_scaler,
-                eps=config.training.smallest_time,
-                offset=config.deq.offset,
-                train=train,
-            )
-            return lambda params, _, x, index, key: loss_fn(params, x, index, key)
+        loss_fn_of = _dequantizer_loss(task, model)
 
         def step_fn_of(frozen):
-            return losses.get_step_fn(
-                loss_fn_of(frozen),
-                parts.optimizer,
-                config.deq.ema_rate,
-                num_microbatches=config.training.num_microbatches,
-            )
+            parts = config.training.num_microbatches
+            return losses.get_step_fn(loss_fn_of(frozen), task.optimizer, config.deq.ema_rate, num_microbatches=parts)
 
-        launch.log_start(parts, state, f"the dequantiser {config.deq.network} of {path}", config.deq.n_iters)
+        launch.log_start(task, state, f"the dequantiser {config.deq.network} of {path}", config.deq.n_iters)
         job = loop.Job(
             config=config,
             directory=directory,
             state=state,
             record=record,
-            loader=_train_loader(parts, _as_levels(config.data)),
-            p_step=pmapped_steps(config, step_fn_of, frozen),
+            loader=_train_loader(task, _as_levels(config.data)),
+            p_step=pmapped_steps(config, step_fn_of),
+            frozen=frozen,
             n_iters=config.deq.n_iters,
-            eval_fn=_eval_fn(parts, functools.partial(loss_fn_of, train=False), frozen, dequantize=False, scale=False),
+            eval_fn=_eval_fn(task, functools.partial(loss_fn_of, train=False), frozen, dequantize=False, scale=False),
             facts=facts,
             snapshot_number=functools.partial(_snapshot_number, config),
         )
         return _run(job)
 
 
-def _init_dequantizer(parts: Parts, model) -> losses.TrainState:
+def _dequantizer_loss(task: Task, model) -> Callable[..., losses.LossFn]:
+    """(frozen parameters and model state of the score model, train) -> the loss of the dequantiser `model`."""
+    scaler, config = datasets.get_data_scaler(task.config.data.centered), task.config
+    options = {"eps": config.training.smallest_time, "offset": config.deq.offset}
+
+    def loss_fn_of(frozen, train=True):
+        score_fn = task.score_fn(*frozen)
+        return dequantization.get_loss_fn(
+            task.sde, score_fn, model, scaler, task.inverse_scaler, train=train, **options
+        )
+
+    return loss_fn_of
+
+
+def _init_dequantizer(task: Task, model) -> losses.TrainState:
     """Initialised from the first training images, the same on every host."""
-    index = np.arange(min(parts.config.deq.init_batch_size, len(parts.dataset.train)))
+    index = np.arange(min(task.config.deq.init_batch_size, len(task.dataset.train)))
     images = datasets.eval_batch(
-        parts.dataset, parts.config.data, "train", index, seed=parts.config.seed, dequantize=False, scale=False
+        task.dataset, task.config.data, "train", index, seed=task.config.seed, dequantize=False, scale=False
     )
-    return jax.device_get(dequantizer_state(parts, model, images))
+    return jax.device_get(dequantizer_state(task, model, images))
 
 
 def _as_levels(data_config: Config) -> Config:
@@ -281,13 +277,13 @@ def _run(job: loop.Job) -> losses.TrainState:
     return state
 
 
-def _train_loader(parts: Parts, data_config: Config, parent: str = ""):
+def _train_loader(task: Task, data_config: Config, parent: str = ""):
     """parent: digest of the state that `training.init_from` gave; the data then come in an order of their own."""
-    seed = parts.config.seed
+    seed = task.config.seed
     return datasets.train_loader(
-        parts.dataset,
+        task.dataset,
         data_config,
-        batch_size=parts.config.training.batch_size,
+        batch_size=task.config.training.batch_size,
         seed=seed if not parent else seed + (int(parent[:8], 16) << 32),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -309,18 +305,18 @@ def evaluate(
     settings, out = config.eval, workdir / eval_folder
     numbers = range(settings.begin_ckpt, settings.end_ckpt + 1)
     checkpoints.find(workdir / "checkpoints", numbers[0], settings.wait_for_checkpoints_s)
-    parts = build(config)
+    task = build(config)
     with workdir_lock(out):
-        dequantizer = variational(parts, workdir / deq_folder) if settings.dequantizer else uniform()
+        dequantizer = variational(task, workdir / deq_folder) if settings.dequantizer else uniform()
         wanted = {name: make for name, make in EVALUATORS.items() if settings[name]}
-        evaluators = [make(parts, dequantizer) for make in wanted.values()]
-        target = parts.init_state()
-        launch.log_evaluation(parts, target, list(numbers), list(wanted))
+        evaluators = [make(task, dequantizer) for make in wanted.values()]
+        target = task.init_state()
+        launch.log_evaluation(task, target, list(numbers), list(wanted))
         results, failed = [], []
         for number in numbers:
             path = checkpoints.find(workdir / "checkpoints", number, settings.wait_for_checkpoints_s)
             path = path.with_name(f"checkpoint_{hosts.number_of_first(int(path.name.rpartition('_')[2]))}")
-            context, result = _load(parts, target, path, out)
+            context, result = _load(task, target, path, out)
             _check_hosts(config, lambda facts=result: facts["parameters"])
             for evaluator in evaluators:
                 result |= evaluator(context)
@@ -339,15 +335,15 @@ def evaluate(
         return results
 
 
-def _load(parts: Parts, target: losses.TrainState, path: Path, out: Path) -> tuple[Context, dict[str, Any]]:
+def _load(task: Task, target: losses.TrainState, path: Path, out: Path) -> tuple[Context, dict[str, Any]]:
     """What the evaluators are given of a checkpoint, and the facts about it that open its report."""
     state = checkpoints.into(target, checkpoints.restore(path, target).state, path)
-    config, devices = parts.config, jax.local_devices()
+    config, devices = task.config, jax.local_devices()
     number = int(path.name.rpartition("_")[2])
     facts = {
         "checkpoint": number,
         "step": int(state.step),
-        "dataset": parts.dataset.name,
+        "dataset": task.dataset.name,
         "parameters": digest((state.ema_params, state.model_state)),
     }
     identity = {
@@ -385,3 +381,13 @@ def _write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     result = {**earlier, **result} if same else result
     write_json(path, result)
     return result
+
+
+def stats(config: Config) -> Path:
+    """Writes the file of the features of the config's training images. UserError if they are not images."""
+    dataset = datasets.load(config.data)
+    if not dataset.is_image:
+        raise UserError(f"--mode stats needs images; data.dataset={config.data.dataset!r} has none")
+    path = evaluation.statistics_path(config.data, config.eval.stats_path)
+    features = load_features(config.eval.inception_path)
+    return evaluation.compute_statistics(dataset, config.data, features, path, config.eval.inception_batch_size)

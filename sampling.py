@@ -12,9 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from errors import UserError
 from ode import rk45
-from sde_lib import SDE, VESDE, VPSDE, batch_mul, subVPSDE
+from sde_lib import SDE, VESDE, VPSDE, ScoreFn, batch_mul, subVPSDE
 
-ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 # (score_fn, keys [B], one for each sample) -> (images [B, ...] as the inverse scaler gives them, evaluations [B])
 SamplingFn = Callable[[ScoreFn, Array], tuple[Array, Array]]
 
@@ -41,7 +40,7 @@ def ode_sampler(
     """
 
     def flow(t, x):
-        return batch_mul(sde.drift_coefficient(t), x) - batch_mul(0.5 * sde.diffusion_sq(t), score_fn(x, t))
+        return sde.probability_flow(x, t, score_fn(x, t))
 
     x, stats = rk45(flow, z, sde.T, eps, rtol=rtol, atol=atol, max_steps=max_steps)
     if not denoise:

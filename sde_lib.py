@@ -23,6 +23,7 @@ from errors import UserError
 
 Time = Float[Array, "B"]
 State = Float[Array, "B *shape"]
+ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 
 
 def batch_mul(a: Float[Array, "B"], x: State) -> State:
@@ -81,6 +82,10 @@ class SDE:
         """Drift [B, ...] and diffusion coefficient g(t) [B] of dx = f x dt + g dw."""
         return batch_mul(self.drift_coefficient(t), x), jnp.sqrt(self.diffusion_sq(t))
 
+    def probability_flow(self, x: State, t: Time, score: State) -> State:
+        """dx/dt [B, ...] = f x - g^2 s / 2: the ODE of the marginals, whose score at x is s (arXiv 2011.13456)."""
+        return batch_mul(self.drift_coefficient(t), x) - batch_mul(0.5 * self.diffusion_sq(t), score)
+
     def prior_sampling(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
         """Draws from the prior N(0, prior_std^2 I)."""
         return self.prior_std * jax.random.normal(key, shape)
@@ -113,10 +118,21 @@ class SDE:
         t = t + (log_snr - self.log_snr(t)) / _derivative(self.log_snr, t)
         return jnp.clip(t, 1e-8, self.T)
 
+    def time(self, u: Array, eps: float, importance: bool) -> Array:
+        """Maps u uniform in [0, 1] to a time in [eps, T], elementwise: uniform, or importance weighted."""
+        return self.importance_weighted_time(u, eps) if importance else eps + u * (self.T - eps)
+
+    def inverse_time_density(self, t: Time, eps: float, importance: bool) -> Time:
+        """1 / q(t) of `time`: T - eps, or (lambda(eps) - lambda(T)) sigma^2 / g^2."""
+        if not importance:
+            return jnp.full_like(t, self.T - eps)
+        start, end = self.log_snr_range(eps, t.dtype)
+        return (start - end) * jnp.square(self.sigma(t)) / self.diffusion_sq(t)
+
     def importance_weighted_time(self, u: Array, eps: float) -> Array:
         """Maps u uniform in [0, 1] to t in [eps, T] with density proportional to g^2 / sigma^2 = -d lambda / dt.
 
-        So lambda is uniform (Song et al. 2021, arXiv 2101.09258); u = 0 gives eps. Elementwise.
+        Lambda is then uniform (Song et al. 2021, arXiv 2101.09258). u = 0 gives eps. Elementwise.
         """
         u = jnp.asarray(u)
         start, end = self.log_snr_range(eps, u.dtype)
@@ -125,10 +141,6 @@ class SDE:
     def log_snr_range(self, eps: float, dtype: Any = jnp.float32) -> tuple[Array, Array]:
         """lambda(eps) and lambda(T). Their difference normalises the density of `importance_weighted_time`."""
         return self.log_snr(jnp.asarray(eps, dtype)), self.log_snr(jnp.asarray(self.T, dtype))
-
-    def sample_importance_weighted_time(self, key: PRNGKeyArray, shape: tuple[int, ...], eps: float) -> Array:
-        """Draws times in [eps, T] with density proportional to g^2 / sigma^2."""
-        return self.importance_weighted_time(jax.random.uniform(key, shape), eps)
 
     def discretize(self, x: State, t: Time) -> tuple[State, Time]:
         """f [B, ...] and G [B] of one forward step x + f + G z of N; here Euler-Maruyama."""

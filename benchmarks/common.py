@@ -18,7 +18,7 @@ import models
 import sde_lib
 from configs.default_configs import get_default_configs, use_ddpmpp
 from models.score import get_score_fn
-from parts import new_state
+from task import new_state
 
 
 class Program(NamedTuple):

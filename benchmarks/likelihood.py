@@ -35,8 +35,8 @@ from scipy.integrate import solve_ivp
 import checkpoints
 import datasets
 import likelihood
-import parts
 import sde_lib
+import task
 from benchmarks import common
 from configs.default_configs import get_default_configs, use_ddpmpp
 from models import create_model, init_params
@@ -86,7 +86,7 @@ def random_network(sde_name: str, batch: int) -> Problem:
 def trained_network(workdir: str, config_file: str, batch: int) -> Problem:
     """The EMA parameters of a run's newest checkpoint, on the first images of its test split."""
     config = common.config_of(config_file)
-    built = parts.build(config)
+    built = task.build(config)
     state = checkpoints.restore(checkpoints.find(Path(workdir) / "checkpoints", 0)).state
     x = datasets.eval_batch(built.dataset, config.data, "test", np.arange(batch), seed=config.seed, repeat=0)
     v = np.random.default_rng(0).choice([-1.0, 1.0], x.shape)

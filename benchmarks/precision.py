@@ -17,7 +17,7 @@ import numpy as np
 import checkpoints
 import datasets
 import losses
-import parts
+import task
 from benchmarks import common
 
 EARLY = 0.125  # times at which the noise is small
@@ -25,7 +25,7 @@ EARLY = 0.125  # times at which the noise is small
 
 def terms(config, state, x0, draws: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Times [N] and each term [N], for N = examples times draws."""
-    built = parts.build(config)
+    built = task.build(config)
     sde, eps = built.sde, config.training.smallest_time
 
     @jax.jit
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=16)
     args = parser.parse_args()
     config = common.config_of(args.config)
-    dataset = parts.build(config).dataset
+    dataset = task.build(config).dataset
     index = np.arange(min(args.examples, len(dataset.test)))
     x0 = jnp.asarray(datasets.eval_batch(dataset, config.data, "test", index, seed=config.seed, repeat=0))
     state = checkpoints.restore(checkpoints.find(Path(args.workdir) / "checkpoints", 0)).state

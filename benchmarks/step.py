@@ -21,7 +21,7 @@ import optax
 
 import datasets
 import losses
-import parts
+import task
 from benchmarks import common
 from losses import sg
 from sde_lib import batch_mul
@@ -104,7 +104,7 @@ def of_config(path: str) -> dict[str, common.Program]:
         config = common.config_of(path)
         config.training.score_matching_order = order
         batch = config.training.batch_size
-        x0 = datasets.eval_batch(parts.build(config).dataset, config.data, "train", np.arange(batch), seed=0, repeat=0)
+        x0 = datasets.eval_batch(task.build(config).dataset, config.data, "train", np.arange(batch), seed=0, repeat=0)
         programs[f"order {order}"] = common.train_step(config, batch, x0=jnp.asarray(x0))
     return programs
 

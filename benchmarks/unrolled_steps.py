@@ -18,7 +18,8 @@ import numpy as np
 
 import losses
 from configs.default_digits_configs import get_digits_configs
-from parts import build, replicate
+from runtime.devices import replicate
+from task import build
 
 
 def unrolled(step_fn, state, xs):
@@ -45,10 +46,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    parts = build(get_digits_configs())
-    loss_fn = losses.get_loss_fn(parts.config.training, parts.sde, parts.score_fn)
-    step_fn = losses.get_step_fn(loss_fn, parts.optimizer, parts.config.model.ema_rate)
-    state = replicate(parts.init_state())
+    task = build(get_digits_configs())
+    loss_fn = losses.get_loss_fn(task.config.training, task.sde, task.score_fn)
+    step_fn = losses.get_step_fn(loss_fn, task.optimizer, task.config.model.ema_rate)
+    state = replicate(task.init_state())
     batch = np.random.default_rng(0).random((1, 1, 128, 8, 8, 1), np.float32)
     result = {
         "scan_seconds": seconds_a_step(jax.lax.scan, step_fn, state, batch),

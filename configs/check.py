@@ -146,9 +146,7 @@ RULES: dict[str, Rule] = {
     "eval.max_steps": at_least(1),
     "eval.ode_solver": choice("rk45", "adams"),
     "eval.ode_steps": Rule(lambda value: value >= 4 and value % 2 == 0, "must be an even number, 4 or more"),
-    "eval.ode_variables": choice("t", "log_snr"),
     "eval.ode_data_std": POSITIVE,
-    "eval.ode_lanes": at_least(0),
     "eval.bound_num_times": at_least(1),
     "eval.fisher_num_times": at_least(2),
     "eval.fisher_num_examples": at_least(0),
@@ -180,8 +178,7 @@ INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"sampling.method": "ode"}, ("sampling.probability_flow",)),
     ({"sampling.method": "pc", "sampling.predictor": "none"}, ("sampling.probability_flow",)),
     ({"sampling.method": "pc", "sampling.corrector": "none"}, ("sampling.n_steps_each",)),
-    ({"eval.ode_solver": "rk45"}, ("eval.ode_steps",)),
-    ({"eval.ode_solver": "adams"}, ("eval.ode_variables", "eval.ode_lanes")),
+    ({"eval.ode_solver": "rk45"}, ("eval.ode_steps", "eval.ode_data_std")),
     ({"eval.bound": True, "eval.dsm": False}, ("eval.num_probes",)),
 ]
 

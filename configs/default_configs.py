@@ -135,9 +135,7 @@ def get_default_configs() -> ConfigDict:
     evaluate.max_steps = 20_000  # of the ODE solver, for one example
     evaluate.ode_solver = "rk45"  # of the likelihood's ODE: rk45 | adams, an even grid in log-SNR: fewer evaluations
     evaluate.ode_steps = 192  # of adams, which has no tolerance; the report has an estimate of its error
-    evaluate.ode_variables = "t"  # of rk45: t | log_snr; the latter: fewer steps, larger error
-    evaluate.ode_data_std = 0.25  # for log_snr and adams: about the standard deviation of the scaled data
-    evaluate.ode_lanes = 0  # of rk45: examples at a time, refilled from the batch as they end; 0: the whole batch
+    evaluate.ode_data_std = 0.25  # of adams: about the standard deviation of the scaled data
     evaluate.bound = False  # the variational bound, beside the ODE's likelihood
     evaluate.dsm = True  # the bound in its denoising form; False: sliced, with a probe
     evaluate.offset = True  # the bound accounts for the start at smallest_time

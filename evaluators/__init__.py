@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `--mode eval` computes of a checkpoint: one file, one function and one line of `EVALUATORS` each.
 
-An evaluator is made once from the parts of a run, so that it compiles once, and called with a `Context` for each
+An evaluator is made once from the task of a run, so that it compiles once, and called with a `Context` for each
 checkpoint; it returns what goes into the report, by name. Its work is cut into units (see `evaluators.units`) that a
 restart does not repeat and that several hosts share.
 """
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from evaluators import bound, fisher, likelihood, loss, samples
 from evaluators.context import Evaluator
 from evaluators.dequantized import Dequantizer
-from parts import Parts
+from task import Task
 
 # the switch in `config.eval` -> the evaluator that it turns on
-EVALUATORS: dict[str, Callable[[Parts, Dequantizer], Evaluator]] = {
+EVALUATORS: dict[str, Callable[[Task, Dequantizer], Evaluator]] = {
     "enable_loss": loss.evaluator,
     "enable_bpd": likelihood.evaluator,
     "bound": bound.evaluator,

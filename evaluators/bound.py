@@ -12,32 +12,32 @@ import likelihood
 from evaluators.context import Context, Evaluator, per_example, settings_of, split, split_name
 from evaluators.dequantized import Dequantizer
 from evaluators.likelihood import bits_per_dim, result_name
-from parts import Parts
+from task import Task
 
 _SETTINGS = ("dsm", "offset", "bound_importance_weighting", "bound_num_times", "hutchinson_type")
 _BOUND_KEY = 1  # apart from the probes of the ODE's likelihood
 
 
-def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
-    config, is_image = parts.config.eval, parts.dataset.is_image
+def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
+    config, is_image = task.config.eval, task.dataset.is_image
     name = split_name(config)
     repeats = config.num_repeats if name == "test" else 1
-    examples = split(parts, name, limit=config.num_examples, repeats=repeats)
+    examples = split(task, name, limit=config.num_examples, repeats=repeats)
     settings = {**settings_of(config, *_SETTINGS), **dequantizer.settings}
     options = {
-        "eps": parts.config.training.smallest_time,
+        "eps": task.config.training.smallest_time,
         "num_time_samples": config.bound_num_times,
         "importance_weighting": config.bound_importance_weighting,
         "denoising": config.dsm,
         "offset": config.offset,
         "hutchinson_type": config.hutchinson_type,
     }
-    seed = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), _BOUND_KEY)
+    seed = jax.random.fold_in(jax.random.PRNGKey(task.config.seed), _BOUND_KEY)
 
     def bound_of(params, model_state, x, index, repeat):
         fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         keys = jax.vmap(jax.random.fold_in)(fold_in(seed, repeat), index)
-        bound = functools.partial(likelihood.likelihood_bound, parts.sde, parts.score_fn(params, model_state))
+        bound = functools.partial(likelihood.likelihood_bound, task.sde, task.score_fn(params, model_state))
         return bound(x, keys, **options)
 
     bound_fn = per_example(bound_of, examples.size)
@@ -50,7 +50,7 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
 
         units = context.units("bound", {**examples.settings, **settings})
         bound = examples.stacked(units.run(examples.num_units, unit, f"bound, {name} split"), "bound")  # nats
-        arrays = {"bound": bound, **({"bpd": bits_per_dim(parts, bound)} if is_image else {})}
+        arrays = {"bound": bound, **({"bpd": bits_per_dim(task, bound)} if is_image else {})}
         context.write(result_name("bound", config), **arrays)
         value = evaluation.mean_and_stderr(arrays["bpd"] if is_image else -bound)
         unit_name = "bits/dim" if is_image else "nats"

@@ -11,8 +11,9 @@ import numpy as np
 
 import datasets
 from evaluators.units import Rows, Units
-from parts import Parts, shard
+from runtime.devices import shard
 from runtime.records import write_npz, write_npz_rows
+from task import Task
 
 
 class Context(NamedTuple):
@@ -82,7 +83,7 @@ def round_up(n: int) -> int:
 class Split(NamedTuple):
     """A split of the data in batches: unit number -> its repeat and its examples."""
 
-    parts: Parts
+    task: Task
     name: str  # train | test
     count: int  # examples of a repeat
     size: int  # of a batch
@@ -91,7 +92,7 @@ class Split(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """What a unit's number means, and of which examples."""
-        content = self.parts.dataset.digest(self.name)
+        content = self.task.dataset.digest(self.name)
         return {"split": self.name, "content": content, "count": self.count, "size": self.size}
 
     @property
@@ -102,9 +103,9 @@ class Split(NamedTuple):
         """repeat, x [b, ...] and example index int32 [b]. Noise is a function of seed, example and repeat alone."""
         repeat, batch = divmod(unit, math.ceil(self.count / self.size))
         index = np.arange(batch * self.size, min((batch + 1) * self.size, self.count))
-        config = self.parts.config
+        config = self.task.config
         x = datasets.eval_batch(
-            self.parts.dataset,
+            self.task.dataset,
             config.data,
             self.name,
             index,
@@ -125,8 +126,8 @@ def split_name(config: Any) -> str:
     return config.dataset or config.bpd_dataset
 
 
-def split(parts: Parts, name: str, *, limit: int = 0, repeats: int = 1) -> Split:
+def split(task: Task, name: str, *, limit: int = 0, repeats: int = 1) -> Split:
     """limit > 0: of the first `limit` examples."""
-    size = len(getattr(parts.dataset, name))
+    size = len(getattr(task.dataset, name))
     count = min(size, limit) if limit else size
-    return Split(parts, name, count, min(parts.config.eval.batch_size, round_up(count)), repeats)
+    return Split(task, name, count, min(task.config.eval.batch_size, round_up(count)), repeats)

@@ -14,7 +14,8 @@ import datasets
 import dequantization
 from evaluators.context import Split, per_example
 from models.flowpp import create_dequantizer
-from parts import Parts, dequantizer_state, digest, replicate
+from runtime.devices import digest, replicate
+from task import Task, dequantizer_state
 
 _NOISE_KEY = 2  # apart from the probes of the likelihood and the bound
 
@@ -36,12 +37,12 @@ def uniform() -> Dequantizer:
     return Dequantizer(batch, {"dequantization": "uniform"})
 
 
-def variational(parts: Parts, directory: Path) -> Dequantizer:
+def variational(task: Task, directory: Path) -> Dequantizer:
     """The one that `--mode train_deq` left in `directory`, its EMA parameters; UserError if there is none."""
-    config = parts.config
+    config = task.config
     path = checkpoints.find(directory / "checkpoints", config.deq.ckpt_id)
     model = create_dequantizer(config.deq.network)
-    target = dequantizer_state(parts, model)
+    target = dequantizer_state(task, model)
     state = checkpoints.into(target, checkpoints.restore(path, target).state, path)
     logging.info("variational dequantiser: %s", path)
     params = replicate(state.ema_params, jax.local_devices())

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`eval.enable_fisher`: how far score, score of the ODE's own density and normal score are apart along the ODE."""
 
-import functools
 from typing import Any
 
 import jax
@@ -13,31 +12,25 @@ import evaluation
 import likelihood
 from evaluators.context import Context, Evaluator, per_example, settings_of, split
 from evaluators.dequantized import Dequantizer
-from parts import Parts
+from task import Task
 
 _SETTINGS = ("hutchinson_type", "rtol", "atol", "max_steps", "fisher_num_times", "fisher_num_probes")
 
 
-def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
-    config = parts.config.eval
-    examples = split(parts, "test", limit=config.fisher_num_examples)
-    times = np.linspace(parts.config.training.smallest_time, parts.sde.T, config.fisher_num_times, dtype=np.float32)
+def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
+    config = task.config.eval
+    examples = split(task, "test", limit=config.fisher_num_examples)
+    times = np.linspace(task.config.training.smallest_time, task.sde.T, config.fisher_num_times, dtype=np.float32)
     solver = {"rtol": config.rtol, "atol": config.atol, "max_steps": config.max_steps}
-    mixture = parts.dataset.mixture
-    true_score = None if mixture is None else diagnostics.gaussian_mixture_score(parts.sde, *mixture)
-
-    def probes_of(shape, index):
-        key = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), index)
-        return likelihood.probes(key, shape, config.hutchinson_type, config.fisher_num_probes)
+    mixture = task.dataset.mixture
+    true_score = None if mixture is None else diagnostics.gaussian_mixture_score(task.sde, *mixture)
 
     def curves_of(params, model_state, x, index):
-        probe = None
-        if config.hutchinson_type != "exact":
-            probe = jax.vmap(functools.partial(probes_of, x.shape[1:]), out_axes=1)(index)  # [P, b, ...]
-            probe = probe[0] if config.fisher_num_probes == 1 else probe
-        score_fn = parts.score_fn(params, model_state)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.PRNGKey(task.config.seed), i))(index)
+        probe = likelihood.probes(keys, x.shape[1:], config.hutchinson_type, config.fisher_num_probes)
+        score_fn = task.score_fn(params, model_state)
         curves = diagnostics.fisher_curves(
-            parts.sde, score_fn, x, probe, jnp.asarray(times), true_score=true_score, **solver
+            task.sde, score_fn, x, probe, jnp.asarray(times), true_score=true_score, **solver
         )._asdict()
         return {name: curve.T for name, curve in curves.items() if curve is not None}  # [b, K]
 

@@ -10,7 +10,7 @@ import evaluation
 import losses
 from evaluators.context import Context, Evaluator, per_example, settings_except, split
 from evaluators.dequantized import Dequantizer
-from parts import Parts
+from task import Task
 
 # What of `config.training` the loss of an example under given parameters cannot depend on.
 CANNOT_MATTER = (
@@ -32,11 +32,11 @@ CANNOT_MATTER = (
 )
 
 
-def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
+def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     """The data as in training, so the variational dequantiser has no part in it; no dropout, no flips."""
-    config = parts.config
-    examples = split(parts, "test", limit=config.eval.num_examples)
-    loss_fn = losses.get_loss_fn(config.training, parts.sde, lambda params, state, _: parts.score_fn(params, state))
+    config = task.config
+    examples = split(task, "test", limit=config.eval.num_examples)
+    loss_fn = losses.get_loss_fn(config.training, task.sde, lambda params, state, _: task.score_fn(params, state))
     dequantize = config.data.uniform_dequantization
 
     def terms_of(params, model_state, x, index):

@@ -13,9 +13,11 @@ from absl import logging
 import evaluation
 import report
 import sampling
+from evaluators import inception
 from evaluators.context import Context, Evaluator, round_up, settings_except
 from evaluators.dequantized import Dequantizer
-from parts import Parts, on_this_host, shard
+from runtime.devices import on_this_host, shard
+from task import Task
 
 # What of `config.sampling` the one kind of sampler does not read.
 CANNOT_MATTER = {
@@ -30,19 +32,19 @@ FAILURE = {
 }
 
 
-def sampler(parts: Parts, devices: list | None = None):
+def sampler(task: Task, devices: list | None = None):
     """(params, model_state, keys [b, ...]) -> samples [b, ...], evaluations of the score [b], all of this host.
 
     devices: that draw together, those of this host if they are not given; of several hosts each gives its own keys. A
     sample is a function of its key (with Langevin's corrector: of all keys), not of the number of devices.
     """
     sample = sampling.get_sampling_fn(
-        parts.config.sampling, parts.sde, parts.dataset.shape, parts.inverse_scaler, axis_name="batch"
+        task.config.sampling, task.sde, task.dataset.shape, task.inverse_scaler, axis_name="batch"
     )
 
     def fn(params, model_state, keys):
-        with jax.default_matmul_precision(parts.config.sampling.matmul_precision):
-            return sample(parts.score_fn(params, model_state), keys)
+        with jax.default_matmul_precision(task.config.sampling.matmul_precision):
+            return sample(task.score_fn(params, model_state), keys)
 
     p_fn = jax.pmap(fn, axis_name="batch", devices=devices or jax.local_devices())
 
@@ -60,22 +62,22 @@ def sample_keys(seed: int, index: np.ndarray) -> np.ndarray:
 
 def is_whole(samples: np.ndarray) -> np.ndarray:
     """Of each sample [b], that the sampler did not give up on it."""
-    return np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
+    return np.all(np.isfinite(samples.reshape(len(samples), -1)), axis=1)
 
 
-def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
-    config, is_image = parts.config.eval, parts.dataset.is_image
+def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
+    config, is_image = task.config.eval, task.dataset.is_image
     size, count = min(config.batch_size, round_up(config.num_samples)), config.num_samples
-    draw = sampler(parts)
-    name = _name(parts.config.sampling)
-    method = parts.config.sampling.method.lower()
-    settings = settings_except(parts.config.sampling, *CANNOT_MATTER[method])
-    metrics = _metrics(parts) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
+    draw = sampler(task)
+    name = _name(task.config.sampling)
+    method = task.config.sampling.method.lower()
+    settings = settings_except(task.config.sampling, *CANNOT_MATTER[method])
+    metrics = _metrics(task) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
             # always a whole round: Langevin's step size is a mean over it
-            keys = sample_keys(parts.config.seed + 1, np.arange(k * size, (k + 1) * size))
+            keys = sample_keys(task.config.seed + 1, np.arange(k * size, (k + 1) * size))
             x, nfe = draw(context.params, context.model_state, keys)
             whole = is_whole(x)
             if not whole.all():
@@ -109,16 +111,16 @@ def evaluator(parts: Parts, dequantizer: Dequantizer) -> Evaluator:
 
 def _name(sampling_config: Any) -> str:
     """For a table: 'ode', or 'pc' with predictor and corrector."""
-    parts = (sampling_config.predictor, sampling_config.corrector)
-    return "ode" if sampling_config.method.lower() == "ode" else f"pc ({' and '.join(parts)})"
+    names = (sampling_config.predictor, sampling_config.corrector)
+    return "ode" if sampling_config.method.lower() == "ode" else f"pc ({' and '.join(names)})"
 
 
-def _metrics(parts: Parts):
+def _metrics(task: Task):
     """(context, samples of unit k uint8 [b, H, W, C], number of units, what they are) -> IS, FID and KID."""
-    config = parts.config.eval
-    features = evaluation.load_features(config.inception_path)
+    config = task.config.eval
+    features = inception.load_features(config.inception_path)
     statistics = evaluation.load_statistics(
-        evaluation.statistics_path(parts.config.data, config.stats_path), parts.config.data
+        evaluation.statistics_path(task.config.data, config.stats_path), task.config.data
     )
 
     def compute(context: Context, samples: Callable, num_units: int, facts: dict[str, Any]) -> dict[str, Any]:

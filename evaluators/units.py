@@ -18,8 +18,8 @@ from runtime.records import write_npz
 
 # What a unit's numbers are made by: modules and folders of the project.
 _CODE = (
-    *("datasets", "dequantization", "diagnostics", "evaluation", "fokker_planck", "inception", "likelihood", "losses"),
-    *("ode", "parts", "sampling", "sde_lib", "evaluators", "models", "sources"),
+    *("datasets", "dequantization", "diagnostics", "evaluation", "likelihood", "losses", "ode", "sampling", "sde_lib"),
+    *("task", "evaluators", "models", "sources"),
 )
 
 

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from sde_lib import SDE
-
-ScoreFn = Callable[[Array, Array], Array]
+from sde_lib import SDE, ScoreFn
 
 # what a network is told about the time t, by its `conditioning`
 CONDITIONS: dict[str, Callable[[SDE, Array], Array]] = {

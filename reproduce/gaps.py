@@ -24,7 +24,7 @@ import diagnostics
 import evaluation
 import likelihood
 from errors import UserError
-from plots.canvas import PALETTE, STYLE, panels, plus_minus, png
+from report.canvas import PALETTE, STYLE, panels, plus_minus, png
 from reproduce import pairs
 from reproduce.restored import restored
 from sde_lib import SDE
@@ -49,7 +49,8 @@ def gaps(folder: Path, noise: tuple[float, ...], num: int, num_probes: int) -> n
     built, params, model_state = restored(folder)
     config = built.config
     x = jnp.asarray(datasets.eval_batch(built.dataset, config.data, "test", np.arange(num), seed=config.seed, repeat=0))
-    probes = likelihood.probes(jax.random.PRNGKey(config.seed), x.shape, config.eval.hutchinson_type, num_probes)
+    keys = jax.random.split(jax.random.PRNGKey(config.seed), num)
+    probes = likelihood.probes(keys, x.shape[1:], config.eval.hutchinson_type, num_probes)
     times, slope = times_of(built.sde, noise, 2.0 if config.data.centered else 1.0)
 
     @jax.jit

@@ -12,11 +12,11 @@ import matplotlib as mpl
 import numpy as np
 
 import diagnostics
-import parts
 import sde_lib
+import task
 from ode import rk45
-from plots import fisher_curves, run_files
-from plots.canvas import PALETTE, STYLE, TRUTH, panels, png
+from report import fisher_curves, run_files
+from report.canvas import PALETTE, STYLE, TRUTH, panels, png
 from reproduce.restored import restored
 
 ORDERS = ("order1", "order2", "order3")
@@ -55,13 +55,13 @@ def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, An
         yield path
 
 
-def load_model(folder: Path) -> tuple[parts.Parts, Any]:
+def load_model(folder: Path) -> tuple[task.Task, Any]:
     """The parts of a run and the score function of its newest checkpoint's EMA parameters."""
     built, params, model_state = restored(folder)
     return built, jax.jit(built.score_fn(params, model_state))
 
 
-def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[str, tuple[parts.Parts, Any]]):
+def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[str, tuple[task.Task, Any]]):
     """Density of ODE and SDE, and the score at two noise levels, one column an order, over the truth."""
     figure, axes = panels(3, len(densities), 4.2, 2.4, sharex="row", sharey="row")
     for column, (variant, arrays) in enumerate(densities.items()):
@@ -86,7 +86,7 @@ def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[
     return figure
 
 
-def mixture_of(built: parts.Parts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mixture_of(built: task.Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the data; ValueError of other data."""
     if built.dataset.mixture is None:
         raise ValueError(f"{built.dataset.name} is not a mixture of Gaussians")
@@ -102,7 +102,7 @@ def scale(sde: sde_lib.SDE, t: jax.Array, data_std: float) -> jax.Array:
     return jnp.sqrt(jnp.square(sde.alpha(t) * data_std) + jnp.square(sde.sigma(t)))
 
 
-def trajectories(models: dict[str, tuple[parts.Parts, Any]], paths: int = 24, knots: int = 80):
+def trajectories(models: dict[str, tuple[task.Task, Any]], paths: int = 24, knots: int = 80):
     """Over the marginals' exact density: the forward SDE; then, of each order, the ODE from data and from the prior."""
     built = next(iter(models.values()))[0]
     sde, mixture = built.sde, mixture_of(built)

@@ -8,12 +8,12 @@ from typing import Any
 import ml_collections
 
 import checkpoints
-import parts
+import task
 from configs.default_configs import get_default_configs
 from errors import UserError
 
 
-def restored(folder: Path) -> tuple[parts.Parts, Any, Any]:
+def restored(folder: Path) -> tuple[task.Task, Any, Any]:
     """The parts of the run in `folder`, EMA parameters and model state of its newest checkpoint. UserError: none."""
     path = checkpoints.find(folder / "checkpoints", 0)
     if not (folder / "config.json").exists():
@@ -21,4 +21,4 @@ def restored(folder: Path) -> tuple[parts.Parts, Any, Any]:
     config = get_default_configs()  # for keys that came after the run
     config.update(ml_collections.ConfigDict(json.loads((folder / "config.json").read_text())))
     state = checkpoints.restore(path).state
-    return parts.build(config), state["ema_params"], state.get("model_state", {})
+    return task.build(config), state["ema_params"], state.get("model_state", {})

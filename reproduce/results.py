@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from plots import run_files
+from report import run_files
 from reproduce.experiments import Run
 
 # of an evaluation's report: name here -> path there

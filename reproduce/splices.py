@@ -24,16 +24,17 @@ from errors import UserError
 from evaluators.context import split
 from evaluators.likelihood import bits_per_dim, log_likelihood
 from models.score import ScoreFn
-from parts import Parts, replicate
-from plots.canvas import PALETTE, STYLE, panels, plus_minus, png
+from report.canvas import PALETTE, STYLE, panels, plus_minus, png
 from reproduce import pairs
 from reproduce.restored import restored
+from runtime.devices import replicate
+from task import Task
 
 TIMES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6)
 
 
-class Spliced(Parts):
-    """Parts whose parameters are those of two models of the same network, and the time at which one takes over."""
+class Spliced(Task):
+    """Task whose parameters are those of two models of the same network, and the time at which one takes over."""
 
     def score_fn(self, params: tuple[Any, Any, jax.Array], model_state: tuple[Any, Any], dropout_keys=None) -> ScoreFn:
         """The score of the first model at t < time and of the second from there on; for evaluation only."""

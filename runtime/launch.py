@@ -18,8 +18,8 @@ from absl import logging
 import losses
 from configs.check import differences
 from configs.default_configs import get_default_configs
-from parts import Config, Parts
 from runtime.records import read_json, write_json
+from task import Config, Task
 
 CODE = Path(__file__).parent.parent
 WIDTH = 100
@@ -75,36 +75,36 @@ def precision(config: Config) -> str:
     return f"training {training}, samples {sampling}, likelihoods and test losses float32"
 
 
-def log_start(parts: Parts, state: losses.TrainState, what: str, n_iters: int) -> None:
+def log_start(task: Task, state: losses.TrainState, what: str, n_iters: int) -> None:
     """Devices, data, parameters, steps, memory and the config's differences from its defaults, to the console."""
     step = int(state.step)
     rows = {
         "steps": f"{step} to {n_iters}" + (", resuming" if step else ""),
         "memory": f"{size(num_bytes(state))} a device for parameters, EMA and Adam's moments; see below for the step",
     }
-    lines = _facts(parts, state, parts.config.training.batch_size) | rows
-    logging.info("%s", "\n".join([f"training {what}, on {parts.dataset.name}", *table(lines), *_changes(parts.config)]))
+    lines = _facts(task, state, task.config.training.batch_size) | rows
+    logging.info("%s", "\n".join([f"training {what}, on {task.dataset.name}", *table(lines), *_changes(task.config)]))
 
 
-def log_evaluation(parts: Parts, state: losses.TrainState, numbers: list[int], wanted: list[str]) -> None:
+def log_evaluation(task: Task, state: losses.TrainState, numbers: list[int], wanted: list[str]) -> None:
     """Devices, data, parameters, checkpoints (0: the newest) and evaluators, to the console."""
     rows = {
         "checkpoints": "the newest" if numbers == [0] else f"{numbers[0]} to {numbers[-1]}",
         "computes": ", ".join(f"eval.{name}" for name in wanted) or "nothing",
     }
-    lines = _facts(parts, state, parts.config.eval.batch_size) | rows
-    logging.info("%s", "\n".join([f"evaluating {parts.config.model.name} on {parts.dataset.name}", *table(lines)]))
+    lines = _facts(task, state, task.config.eval.batch_size) | rows
+    logging.info("%s", "\n".join([f"evaluating {task.config.model.name} on {task.dataset.name}", *table(lines)]))
 
 
-def _facts(parts: Parts, state: losses.TrainState, batch_size: int) -> dict[str, str]:
-    dataset, shape = parts.dataset, " x ".join(map(str, parts.dataset.shape))
+def _facts(task: Task, state: losses.TrainState, batch_size: int) -> dict[str, str]:
+    dataset, shape = task.dataset, " x ".join(map(str, task.dataset.shape))
     devices = f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} host(s)"
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     return {
         "devices": f"batch {batch_size} on {devices}: {kinds}",
         "data": f"{len(dataset.train):,} training and {len(dataset.test):,} test examples of {shape}",
         "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
-        "products": precision(parts.config),
+        "products": precision(task.config),
     }
 
 

@@ -23,18 +23,13 @@ CHECKED = [
     "sampling",
     "datasets",
     "checkpoints",
-    "legacy",
     "report",
     "evaluation",
     "models",
     "diagnostics",
-    "fokker_planck",
     "dequantization",
-    "inception",
     "evaluators",
-    "parts",
-    "snapshots",
-    "plots",
+    "task",
     "runtime",
     "sources",
     "reproduce",
@@ -50,7 +45,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 def untrained_pair(tmp_path_factory):
     """Workdirs of two untrained networks on the mixture."""
     import checkpoints
-    import parts
+    import task
     from configs.toy import mog_ve
 
     folders = []
@@ -60,7 +55,7 @@ def untrained_pair(tmp_path_factory):
         config.model.nf = 8
         config.eval.update(rtol=1e-4, atol=1e-4, batch_size=4, hutchinson_type="rademacher")
         folder = tmp_path_factory.mktemp("runs") / f"seed{seed}"
-        state = jax.device_get(parts.build(config).init_state())
+        state = jax.device_get(task.build(config).init_state())
         leaves, tree = jax.tree.flatten(state.ema_params)
         rng = np.random.default_rng(seed)
         noisy = state.replace(ema_params=tree.unflatten([p + 0.3 * rng.normal(size=p.shape) for p in leaves]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The import order of the design, read from the sources; and the sizes that keep a file readable."""
+"""The order of the modules in the design, read from the sources; and the sizes that keep the house readable."""
 
 import ast
 from pathlib import Path
@@ -7,107 +7,76 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("models", "configs", "evaluators")  # one place in the order each
-SPLIT = ("plots", "runtime", "sources", "reproduce")  # each of their modules has its own
-LOWEST = {"errors"}
-LOW = LOWEST | {"sde_lib", "ode", "configs"}
-MIDDLE = {"checkpoints", "report", "evaluation", "datasets", "likelihood", "sampling", "losses", "models"}
-MIDDLE |= {"dequantization", "diagnostics", "runtime.records"}
+PACKAGES = ("checkpoints", "configs", "evaluators", "models", "report", "reproduce", "runtime", "sources")
 
-PLOTS = {"plots.canvas", "plots.fisher_curves", "plots.run_files"}
-
-RUNTIME_OF_RUNS = {"runtime.locks", "runtime.launch", "runtime.hosts"}
-
-# module -> the project's modules that it may import
-ALLOWED = {
-    "errors": set(),
-    "sde_lib": LOWEST,
-    "ode": LOWEST,
-    "configs": LOWEST | {"configs"},
-    "legacy": LOWEST,
-    "checkpoints": LOWEST | {"legacy"},
-    "runtime.trackers": LOWEST,
-    "runtime.records": LOWEST | {"runtime.trackers"},
-    "plots.fisher_curves": LOWEST,
-    "plots.canvas": LOWEST,
-    "plots.run_files": LOWEST,
-    "plots.sample_grids": LOWEST | {"plots.canvas", "plots.run_files"},
-    "plots.run_curves": LOWEST | {"plots.fisher_curves", "plots.canvas", "plots.run_files", "plots.sample_grids"},
-    "report": LOWEST | {"configs", "plots.run_curves", "plots.canvas", "plots.run_files", "plots.sample_grids"},
-    "sources.reach": set(),
-    "sources.tfds": LOWEST | {"sources.reach"},
-    "sources.idx": LOWEST,
-    "sources.synthetic": LOWEST,
-    "datasets": LOWEST | {"sources.idx", "sources.tfds", "sources.synthetic"},
-    "losses": LOWEST | {"sde_lib"},
-    "likelihood": LOWEST | {"sde_lib", "ode"},
-    "sampling": LOWEST | {"sde_lib", "ode"},
-    "models": LOWEST | {"sde_lib", "models"},
-    "evaluation": LOWEST | {"datasets", "inception"},
-    "inception": LOWEST | {"datasets", "runtime.records", "sources.reach"},
-    "dequantization": LOWEST | {"sde_lib", "likelihood"},
-    "diagnostics": LOWEST | {"sde_lib", "ode", "likelihood"},
-    "fokker_planck": LOWEST | {"sde_lib"},
-    "parts": LOW | MIDDLE,
-    "runtime.interrupts": LOWEST,
-    "runtime.locks": LOWEST,
-    "runtime.programs": set(),
-    "runtime.launch": LOW | MIDDLE | {"parts"},
-    "loop": LOW | MIDDLE | {"parts"} | {f"runtime.{name}" for name in ("interrupts", "launch", "programs", "trackers")},
-    "evaluators": LOW | MIDDLE | {"parts", "evaluators", "fokker_planck"},
-    "snapshots": LOW | MIDDLE | {"parts", "evaluators"},
-    "run_lib": LOW | MIDDLE | {"parts", "evaluators", "loop", "snapshots"} | RUNTIME_OF_RUNS,
-    "runtime.hosts": LOWEST,
-    "runtime.usage": set(),
-    "runtime.console": LOWEST,
-    "main": LOW | {"run_lib", "evaluation"} | {f"runtime.{name}" for name in ("hosts", "usage", "console", "programs")},
-    "runtime.commands": LOWEST,
-    "quickstart": LOWEST | {"report", "runtime.commands"},
-    "reproduce.experiments": set(),
-    "reproduce.runner": LOWEST | {"reproduce.experiments", "runtime.commands"},
-    "reproduce.__main__": LOWEST | {"reproduce.experiments", "reproduce.runner", "reproduce.results"},
-    "reproduce.results": LOW | MIDDLE | {"plots.run_files", "reproduce.experiments", "reproduce.pictures"},
-    "reproduce.restored": LOW | MIDDLE | {"parts"},
-    "reproduce.pictures": LOW | MIDDLE | {"parts", "reproduce.restored"} | PLOTS,
-    "reproduce.pairs": set(),
-    "reproduce.splices": LOW | MIDDLE | {"parts", "evaluators", "reproduce.pairs", "reproduce.restored"} | PLOTS,
-    "reproduce.gaps": LOW | MIDDLE | {"reproduce.pairs", "reproduce.restored"} | PLOTS,
-}
-PURE = {"losses", "likelihood", "sampling", "sde_lib", "ode", "diagnostics", "dequantization", "fokker_planck"}
+# From the lowest to the highest; a module imports from lower levels and from its own package.
+LEVELS = (
+    ("errors",),
+    ("configs", "sde_lib", "ode", "sources", "runtime"),
+    ("models", "losses", "likelihood", "sampling", "datasets", "checkpoints", "report"),
+    ("diagnostics", "dequantization", "evaluation"),
+    ("task",),
+    ("runtime.launch",),
+    ("evaluators", "runtime.loop"),
+    ("run_lib",),
+    ("main", "reproduce"),
+)
+LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+# No file, no flag, no global randomness; each may import only these of ours.
+PURE = ("losses", "likelihood", "sampling", "sde_lib", "ode", "diagnostics", "dequantization")
+OF_PURE = {"errors", "sde_lib", "ode", "likelihood", "losses"}
+MOST_LINES = 60  # of a function
 
 
 def sources():
-    for path in sorted(ROOT.glob("*.py")) + [p for d in (*PACKAGES, *SPLIT) for p in sorted(ROOT.glob(f"{d}/**/*.py"))]:
+    for path in sorted([*ROOT.glob("*.py"), *(p for package in PACKAGES for p in ROOT.glob(f"{package}/**/*.py"))]):
         yield path.relative_to(ROOT), ast.parse(path.read_text())
 
 
 def place(name):
-    """Where a dotted name of a module stands in ALLOWED: its package, or itself in a package that is split."""
-    package, *rest = name.split(".")
-    return ".".join((package, *rest[:1])) if package in SPLIT else package
+    """The entry of LEVEL for a module: itself, if it stands apart from its package there, or its first name."""
+    two = ".".join(name.split(".")[:2])
+    return two if two in LEVEL else name.partition(".")[0]
 
 
 def imported(tree):
+    """Dotted names of all that a module imports; of `from a import b` both `a` and, if that is a level, `a.b`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (place(alias.name) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            if node.module in SPLIT:
-                yield from (place(f"{node.module}.{alias.name}") for alias in node.names)
-            else:
-                yield place(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize(("path", "tree"), [pytest.param(*source, id=str(source[0])) for source in sources()])
+every_source = pytest.mark.parametrize(
+    ("path", "tree"), [pytest.param(*source, id=str(source[0])) for source in sources()]
+)
+
+
+@every_source
 def test_imports_run_one_way(path, tree):
     module = place(".".join(path.with_suffix("").parts))
-    assert module in ALLOWED, f"{module} has no place in the design"
-    ours = {name for name in imported(tree) if name in ALLOWED}
-    assert ours - ALLOWED[module] == set()
+    assert module in LEVEL, f"{module} has no place in the design"
+    names = {place(name) for name in imported(tree)}
+    ours = {name for name in names if name in LEVEL and name.partition(".")[0] != module.partition(".")[0]}
+    assert [name for name in ours if LEVEL[name] >= LEVEL[module]] == []
     if module in PURE:
-        names = set(imported(tree))
+        assert ours <= OF_PURE
         assert not names & {"absl", "ml_collections", "pathlib", "os"}, f"{module} is pure: no file, no flag"
+
+
+@every_source
+def test_nothing_is_unpickled_and_functions_fit_on_a_screen(path, tree):
+    assert not {name.partition(".")[0] for name in imported(tree)} & {"pickle", "dill", "cloudpickle", "joblib"}
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and path.name != "default_configs.py"
+    ]
+    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > MOST_LINES] == []
+
+
+def test_the_top_level_is_small():
+    assert len(list(ROOT.glob("*.py"))) <= 13
 
 
 def test_configs_hold_only_what_changes():
@@ -118,7 +87,7 @@ def test_configs_hold_only_what_changes():
 def test_every_source_names_the_licence():
     for path in [
         *ROOT.glob("*.py"),
-        *(p for d in (*PACKAGES, *SPLIT, "tests", "benchmarks") for p in ROOT.glob(f"{d}/**/*.py")),
+        *(p for d in (*PACKAGES, "tests", "benchmarks") for p in ROOT.glob(f"{d}/**/*.py")),
     ]:
         text = path.read_text()
         assert not text or text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path

@@ -271,7 +271,7 @@ def test_too_few_steps_are_nan_where_the_check_says_so(sde, predictor, corrector
 
 
 # another value of a key that holds text
-OTHER = {"model.dtype": "bfloat16", "eval.ode_variables": "log_snr", "data.category": "church", "data.dir": "/data"}
+OTHER = {"model.dtype": "bfloat16", "data.category": "church", "data.dir": "/data"}
 
 
 def another(key):

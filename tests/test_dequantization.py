@@ -10,7 +10,8 @@ import pytest
 from quick import busy_jit, jit
 
 import losses
-from dequantization import bound_at, dequantize, draw, get_loss_fn
+from dequantization import dequantize, get_loss_fn
+from likelihood import likelihood_bound
 from models.flowpp import create_dequantizer, init_params
 from sde_lib import VESDE, VPSDE
 
@@ -101,6 +102,13 @@ def mean_bound(name, x, offset):
     return bound
 
 
+@jit
+def u_of(key, index):
+    """What the loss dequantises with."""
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(jax.random.split(key)[0], i))[0])(index)
+    return jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)
+
+
 @pytest.mark.parametrize(
     ("name", "importance_weighting", "offset", "num_times"),
     [
@@ -118,13 +126,12 @@ def test_mean_loss_is_the_closed_form(name, importance_weighting, offset, num_ti
     loss_fn = get_loss_fn(
         SDES[name], gaussian_score(SDES[name]), Sigmoid(), scaler, inverse_scaler, num_time_samples=num_times, **options
     )
-    loss, terms = busy_jit(loss_fn)(PARAMS, image01, index, key)
+    loss, terms = busy_jit(loss_fn)(PARAMS, {}, image01, index, key)
     assert {term: value.shape for term, value in terms.items()} == dict.fromkeys(("loss", "bound", "log_q"), (count,))
     np.testing.assert_allclose(loss, np.mean(terms["loss"]), rtol=1e-5)
     np.testing.assert_allclose(terms["loss"], terms["bound"] + terms["log_q"], atol=1e-5)
 
-    draws = busy_jit(lambda key: draw(key, index, SHAPE, num_times))(jax.random.split(key)[0])
-    x01, log_q = jit(lambda image01, u: dequantize(Sigmoid(), PARAMS, image01, u))(image01, draws.u)
+    x01, log_q = jit(lambda image01, u: dequantize(Sigmoid(), PARAMS, image01, u))(image01, u_of(key, index))
     expected = -mean_bound(name, 2 * np.asarray(x01, np.float64) - 1, offset) / (DIM * np.log(2)) + 7
     difference = np.asarray(terms["bound"], np.float64) - expected
     standard_error = np.std(difference) / np.sqrt(count)
@@ -133,18 +140,29 @@ def test_mean_loss_is_the_closed_form(name, importance_weighting, offset, num_ti
     np.testing.assert_allclose(terms["log_q"], log_q / (DIM * np.log(2)), atol=1e-5)
 
 
-def test_bound_from_given_draws():
-    """The estimate, written out in float64 for VP, importance weighting and K = 2."""
-    x = scaler(images(3))
-    draws = jit(lambda key: draw(key, jnp.arange(3), SHAPE, num_time_samples=2))(jax.random.key(2))
+def test_bound_from_its_draws():
+    """The estimate, written out in float64 for VP, importance weighting and two times."""
+    x, keys = scaler(images(3)), jax.random.split(jax.random.key(2), 3)
     sde = SDES["vp"]
-    options = dict(eps=EPS, offset=True, importance_weighting=True)
-    ours = jit(lambda: bound_at(sde, gaussian_score(sde), x, draws, **options))()
-    times = jit(lambda u: sde.importance_weighted_time(u, EPS))(draws.time_u)
+    ours = jit(lambda: likelihood_bound(sde, gaussian_score(sde), x, keys, eps=EPS, num_time_samples=2))()
 
-    x, prior_noise, offset_noise, noise = (
-        np.asarray(part, np.float64) for part in (x, draws.prior_noise, draws.offset_noise, draws.noise)
+    @jit
+    def draws(key):
+        prior_key, offset_key, time_key = jax.random.split(key, 3)
+        u_keys, noise_keys = zip(
+            *(jax.random.split(jax.random.fold_in(time_key, k), 3)[:2] for k in range(2)), strict=True
+        )
+        prior, offset, *noise = (jax.random.normal(key, SHAPE) for key in (prior_key, offset_key, *noise_keys))
+        return prior, offset, jnp.stack(noise), jnp.stack([jax.random.uniform(key) for key in u_keys])
+
+    drawn = [draws(key) for key in keys]
+    prior_noise, offset_noise, noise, time_u = (
+        np.asarray(jnp.stack(part), np.float64) for part in zip(*drawn, strict=True)
     )
+    times = jit(lambda u: sde.importance_weighted_time(u, EPS))(jnp.asarray(time_u, jnp.float32))
+    x = np.asarray(x, np.float64)
+    flat = np.concatenate([np.ravel(part) for part in (prior_noise, offset_noise, noise)])
+    assert len(np.unique(flat)) == len(flat)  # nothing is drawn twice
 
     def log_snr(t):
         alpha, sigma = float64_coefficients("vp", t)
@@ -159,7 +177,7 @@ def test_bound_from_given_draws():
         integral = 0
         for k in range(2):
             t = float(times[i, k])
-            np.testing.assert_allclose(log_snr(t), log_snr(EPS) - span * float(draws.time_u[i, k]), atol=1e-3)
+            np.testing.assert_allclose(log_snr(t), log_snr(EPS) - span * time_u[i, k], atol=1e-3)
             scaled = sigma_score(t, noise[i, k], x[i])
             beta, sigma_sq = 0.1 + 19.9 * t, float64_coefficients("vp", t)[1] ** 2
             rate = 0.5 * beta / sigma_sq * np.sum((scaled + noise[i, k]) ** 2 - noise[i, k] ** 2) + DIM * beta / 2
@@ -189,13 +207,14 @@ def test_dequantisation_keeps_the_levels(model):
 
 
 def test_draws_are_a_function_of_key_and_index():
-    drawn = jax.jit(lambda index: draw(jax.random.key(4), index, SHAPE, 2))
-    whole, part = drawn(jnp.arange(6)), drawn(jnp.array([5, 2]))
-    for a, b in zip(whole, part, strict=True):
-        np.testing.assert_array_equal(np.asarray(a)[[5, 2]], b)
-        assert len(np.unique(a)) == np.size(a)  # nothing is drawn twice
-    flat = np.concatenate([np.ravel(part) for part in (whole.u, whole.prior_noise, whole.offset_noise, whole.noise)])
-    assert len(np.unique(flat)) == len(flat)
+    loss_fn = jit(get_loss_fn(SDES["vp"], gaussian_score(SDES["vp"]), Sigmoid(), scaler, inverse_scaler))
+    image01, key = images(6), jax.random.key(4)
+    _, whole = loss_fn(PARAMS, {}, image01, jnp.arange(6), key)
+    some = jnp.array([5, 2])
+    _, part = loss_fn(PARAMS, {}, image01[some], some, key)
+    for name in whole:
+        np.testing.assert_allclose(whole[name][some], part[name], rtol=1e-6, err_msg=name)
+        assert len(np.unique(whole[name])) == 6
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch():
@@ -204,13 +223,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
     loss_fn = get_loss_fn(SDES["vp"], score, Sigmoid(), scaler, inverse_scaler)
 
     def step(num_microbatches):
-        step_fn = losses.get_step_fn(
-            lambda params, _, x, index, key: loss_fn(params, x, index, key),
-            optax.sgd(1.0),
-            0.9,
-            axis_name=None,
-            num_microbatches=num_microbatches,
-        )
+        step_fn = losses.get_step_fn(loss_fn, optax.sgd(1.0), 0.9, axis_name=None, num_microbatches=num_microbatches)
         state = losses.TrainState(jnp.int32(3), PARAMS, PARAMS, optax.sgd(1.0).init(PARAMS), {}, jax.random.PRNGKey(1))
         return jit(step_fn)(state, images(12))
 
@@ -240,7 +253,7 @@ def test_training_the_small_flow():
 
     log_q = []
     for i in range(8):
-        (loss, terms), gradient = step(params, image01, jnp.arange(count), jax.random.key(i))
+        (loss, terms), gradient = step(params, {}, image01, jnp.arange(count), jax.random.key(i))
         assert np.isfinite(loss)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
         log_q.append(float(np.mean(terms["log_q"])))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from diagnostics import FisherCurves
 from errors import UserError
-from plots import fisher_curves, run_curves, run_files
+from report import fisher_curves, run_curves, run_files
 
 
 def curves(times, names):

@@ -25,7 +25,8 @@ from evaluators import EVALUATORS, likelihood, loss, units
 from evaluators import samples as sampled
 from evaluators.context import Context, per_example, split
 from evaluators.dequantized import uniform
-from parts import Parts, build, replicate
+from runtime.devices import replicate
+from task import Task, build
 from tests.tiny import tiny_digits
 
 STD = np.array([0.3, 0.8, 1.5])
@@ -47,7 +48,7 @@ class ExactScore(nn.Module):
 
 @pytest.fixture
 def gaussian(tmp_path):
-    """Parts whose score is exact, 301 test examples, and a context to evaluate them in."""
+    """Task whose score is exact, 301 test examples, and a context to evaluate them in."""
     config = get_default_configs()
     config.training.update(sde="vpsde", exact_jacobian=True, score_matching_order=3)
     config.data.dataset = "gaussian"
@@ -57,10 +58,10 @@ def gaussian(tmp_path):
     train, test = ((rng.normal(size=(n, 3)) * STD).astype(np.float32) for n in (10, 301))
     dataset = datasets.Dataset("gaussian", (3,), False, train, test)
     model = ExactScore()
-    parts = Parts(config, sde_lib.from_config(config), dataset, model, losses.get_optimizer(config.optim))
+    task = Task(config, sde_lib.from_config(config), dataset, model, losses.get_optimizer(config.optim))
     params = {"scale": np.float32(1)}
     context = Context(replicate(params), replicate({}), 1, tmp_path, {"parameters": "exact"})
-    return parts, context
+    return task, context
 
 
 def true_logp(x):
@@ -68,10 +69,10 @@ def true_logp(x):
 
 
 def test_likelihood_of_an_exact_score(gaussian):
-    parts, context = gaussian
-    result = EVALUATORS["enable_bpd"](parts, uniform())(context)
+    task, context = gaussian
+    result = EVALUATORS["enable_bpd"](task, uniform())(context)
     saved = np.load(context.file("bpd"))
-    truth = true_logp(parts.dataset.test)
+    truth = true_logp(task.dataset.test)
     assert saved["logp"].shape == (2, 301)  # every example once a repeat, the last batch of 45 included
     # a probe's v . J v is the trace for a diagonal Jacobian; beta makes the prior exact to 1e-4
     np.testing.assert_allclose(saved["logp"], np.stack([truth, truth]), atol=2e-3)
@@ -81,19 +82,19 @@ def test_likelihood_of_an_exact_score(gaussian):
 
 
 def test_likelihood_on_an_even_grid(gaussian, caplog):
-    parts, context = gaussian
-    parts.config.eval.ode_solver = "adams"
-    result = EVALUATORS["enable_bpd"](parts, uniform())(context)
+    task, context = gaussian
+    task.config.eval.ode_solver = "adams"
+    result = EVALUATORS["enable_bpd"](task, uniform())(context)
     saved = np.load(context.file("bpd"))
-    errors = np.abs(saved["logp"] - true_logp(parts.dataset.test))
+    errors = np.abs(saved["logp"] - true_logp(task.dataset.test))
     assert errors.shape == saved["ode_error"].shape == (2, 301) and errors.max() < 3e-3
     assert result["nfe"] == {"min": 203, "mean": 203, "max": 203}
     expected = {"mean": saved["ode_error"].mean(), "max": saved["ode_error"].max()}
     assert result["ode_error"].pop("unit") == "nats"
     assert result["ode_error"] == pytest.approx(expected, rel=1e-5)
     assert result["nll"]["settings"]["ode_steps"] == 192 and "rtol" not in result["nll"]["settings"]
-    parts.config.eval.ode_steps = 4
-    result = EVALUATORS["enable_bpd"](parts, uniform())(context)["nll"]
+    task.config.eval.ode_steps = 4
+    result = EVALUATORS["enable_bpd"](task, uniform())(context)["nll"]
     saved = np.load(context.file("bpd"))
     assert re.search(r"failed on \d+ of 128 .*eval\.ode_steps=4 the error.*eval\.ode_solver=rk45", caplog.text)
     failed = np.isnan(saved["logp"]).any(axis=0)  # an example with a failed repeat
@@ -110,7 +111,7 @@ def test_the_gaussian_is_of_the_same_examples_as_the_likelihood(tmp_path, monkey
     config.eval.update(dataset=split_name, num_examples=count, gaussian_baseline=True, batch_size=500)
     seen = []
 
-    def log_likelihood(parts, size):
+    def log_likelihood(task, size):
         def call(params, model_state, x, index, repeat):
             seen.append(x)
             return {"logp": np.zeros(len(x), np.float32), "nfe": np.ones(len(x), np.int32)}
@@ -118,9 +119,9 @@ def test_the_gaussian_is_of_the_same_examples_as_the_likelihood(tmp_path, monkey
         return call
 
     monkeypatch.setattr(likelihood, "log_likelihood", log_likelihood)
-    parts = build(config)
-    result = EVALUATORS["enable_bpd"](parts, uniform())(Context({}, {}, 1, tmp_path, {}))
-    train = np.concatenate([b["x"] for b in datasets.eval_batches(parts.dataset, config.data, "train", 500, seed=42)])
+    task = build(config)
+    result = EVALUATORS["enable_bpd"](task, uniform())(Context({}, {}, 1, tmp_path, {}))
+    train = np.concatenate([b["x"] for b in datasets.eval_batches(task.dataset, config.data, "train", 500, seed=42)])
     unit, train = (x.reshape(len(x), -1).astype(np.float64) for x in (np.concatenate(seen), train))
     assert len(unit) == (count or 1500) and not config.data.centered
     gaussian = stats.multivariate_normal(train.mean(axis=0), np.cov(train, rowvar=False))
@@ -129,10 +130,10 @@ def test_the_gaussian_is_of_the_same_examples_as_the_likelihood(tmp_path, monkey
 
 @pytest.mark.parametrize(("dsm", "importance"), [(True, True), (False, True), (True, False)])
 def test_bound_of_an_exact_score_is_the_likelihood(gaussian, dsm, importance):
-    parts, context = gaussian
-    parts.config.eval.update(dsm=dsm, bound_importance_weighting=importance)
-    result = EVALUATORS["bound"](parts, uniform())(context)["bound"]
-    errors = np.load(context.file("bound"))["bound"] - true_logp(parts.dataset.test)
+    task, context = gaussian
+    task.config.eval.update(dsm=dsm, bound_importance_weighting=importance)
+    result = EVALUATORS["bound"](task, uniform())(context)["bound"]
+    errors = np.load(context.file("bound"))["bound"] - true_logp(task.dataset.test)
     spread = errors.mean(axis=0).std(ddof=1) / np.sqrt(301)
     assert abs(errors.mean()) < 4 * spread < 0.4
     assert result["mean"] == pytest.approx(-np.load(context.file("bound"))["bound"].mean(), rel=1e-5)
@@ -140,9 +141,9 @@ def test_bound_of_an_exact_score_is_the_likelihood(gaussian, dsm, importance):
 
 def test_loss_of_an_exact_score(gaussian):
     """E|sigma s + z|^2 / D = mean_d sigma^2 / (alpha^2 std_d^2 + sigma^2) ... at the minimum, averaged over t."""
-    parts, context = gaussian
-    parts.config.eval.batch_size = 50
-    result = EVALUATORS["enable_loss"](parts, uniform())(context)["loss"]
+    task, context = gaussian
+    task.config.eval.batch_size = 50
+    result = EVALUATORS["enable_loss"](task, uniform())(context)["loss"]
     times = np.linspace(1e-5, 1, 2001)
     alpha_sq = np.exp(-0.5 * times**2 * 19.9 - 0.1 * times)[:, None]
     at_minimum = np.mean(1 - (1 - alpha_sq) / (alpha_sq * STD**2 + 1 - alpha_sq), axis=1)
@@ -158,49 +159,49 @@ def units_of(kind, context):
 
 
 def test_a_new_key_of_the_loss_is_not_read_back_from_another_setting(gaussian, monkeypatch):
-    parts, context = gaussian
+    task, context = gaussian
     original = losses.get_loss_fn
 
     def scaled(training, *args):  # what a newcomer adds: a key that the loss reads
         return lambda *call: jax.tree.map(lambda x: training.scale * x, original(training, *args)(*call))
 
     monkeypatch.setattr(losses, "get_loss_fn", scaled)
-    parts.config.training.update(score_matching_order=1, exact_jacobian=False)
-    parts.config.eval.num_examples = 8
+    task.config.training.update(score_matching_order=1, exact_jacobian=False)
+    task.config.eval.num_examples = 8
     means = []
     for scale in (1.0, 2.0):
-        with parts.config.unlocked():
-            parts.config.training.scale = scale
-        means.append(EVALUATORS["enable_loss"](parts, uniform())(context)["loss"]["loss"]["mean"])
+        with task.config.unlocked():
+            task.config.training.scale = scale
+        means.append(EVALUATORS["enable_loss"](task, uniform())(context)["loss"]["loss"]["mean"])
     assert means[1] == pytest.approx(2 * means[0])
     before = units_of("loss", context)
-    assert set(loss.CANNOT_MATTER) <= set(parts.config.training)
-    parts.config.training.update(n_iters=7, wandb_project="mine", batch_size=3)
-    EVALUATORS["enable_loss"](parts, uniform())(context)
+    assert set(loss.CANNOT_MATTER) <= set(task.config.training)
+    task.config.training.update(n_iters=7, wandb_project="mine", batch_size=3)
+    EVALUATORS["enable_loss"](task, uniform())(context)
     assert units_of("loss", context) == before and len(before) == 2
 
 
 @pytest.mark.parametrize(("method", "ignored"), [("ode", "snr"), ("pc", "rtol")])
 def test_samples_are_told_apart_by_every_key_that_their_sampler_reads(gaussian, monkeypatch, method, ignored):
-    parts, context = gaussian
-    sampling_config = parts.config.sampling
+    task, context = gaussian
+    sampling_config = task.config.sampling
     sampling_config.method = method
     assert {key for keys in sampled.CANNOT_MATTER.values() for key in keys} < set(sampling_config)
-    monkeypatch.setattr(sampled, "sampler", lambda parts: lambda p, s, keys: (np.zeros((len(keys), 3)), np.ones(1)))
+    monkeypatch.setattr(sampled, "sampler", lambda task: lambda p, s, keys: (np.zeros((len(keys), 3)), np.ones(1)))
     run = EVALUATORS["enable_sampling"]
-    run(parts, uniform())(context)
+    run(task, uniform())(context)
     sampling_config[ignored] = 0.3
-    run(parts, uniform())(context)
+    run(task, uniform())(context)
     assert len(units_of("samples", context)) == 1
-    with parts.config.unlocked():
+    with task.config.unlocked():
         sampling_config.churn = 1.0  # what a newcomer adds
-    run(parts, uniform())(context)
+    run(task, uniform())(context)
     assert len(units_of("samples", context)) == 2
 
 
 def test_samples_of_an_exact_score(gaussian):
-    parts, context = gaussian
-    result = EVALUATORS["enable_sampling"](parts, uniform())(context)["sampling"]
+    task, context = gaussian
+    result = EVALUATORS["enable_sampling"](task, uniform())(context)["sampling"]
     samples = np.load(context.file("samples"))["samples"]
     assert samples.shape == (700, 3) and result["num_samples"] == 700  # not a round more
     np.testing.assert_allclose(samples.mean(axis=0) / STD, 0, atol=4 / np.sqrt(700))
@@ -209,9 +210,9 @@ def test_samples_of_an_exact_score(gaussian):
 
 @pytest.mark.parametrize(("method", "remedy"), [("ode", "loosen sampling.rtol"), ("pc", "raise model.num_scales")])
 def test_failed_samples_are_counted(gaussian, monkeypatch, caplog, method, remedy):
-    parts, context = gaussian
-    parts.config.sampling.method = method
-    parts.config.eval.update(batch_size=4, num_samples=10)
+    task, context = gaussian
+    task.config.sampling.method = method
+    task.config.eval.update(batch_size=4, num_samples=10)
     drawn = np.arange(36, dtype=np.float32).reshape(12, 3)
     drawn[[1, 6, 11], 2] = np.nan, np.inf, np.nan  # the last one is of a round of 4 of which 2 are wanted
 
@@ -221,8 +222,8 @@ def test_failed_samples_are_counted(gaussian, monkeypatch, caplog, method, remed
         return rows, np.full(len(rows), 7)
 
     draw.done = 0
-    monkeypatch.setattr(sampled, "sampler", lambda parts: draw)
-    result = EVALUATORS["enable_sampling"](parts, uniform())(context)["sampling"]
+    monkeypatch.setattr(sampled, "sampler", lambda task: draw)
+    result = EVALUATORS["enable_sampling"](task, uniform())(context)["sampling"]
     assert (result["num_samples"], result["num_failed"], result["nfe"]) == (8, 2, 7)
     np.testing.assert_array_equal(np.load(context.file("samples"))["samples"], drawn[[0, 2, 3, 4, 5, 7, 8, 9]])
     assert "failed on 1 of 4 samples" in caplog.text and remedy in caplog.text
@@ -232,8 +233,8 @@ def test_failed_samples_are_counted(gaussian, monkeypatch, caplog, method, remed
 def test_an_incomplete_evaluation_is_written_and_exits_with_an_error(trained, monkeypatch):
     original = sampled.sampler
 
-    def spoilt(parts):
-        draw = original(parts)
+    def spoilt(task):
+        draw = original(task)
 
         def call(*args):
             x, nfe = draw(*args)
@@ -254,17 +255,17 @@ def test_an_incomplete_evaluation_is_written_and_exits_with_an_error(trained, mo
 
 
 def test_units_of_other_data_or_code_are_not_read_back(gaussian, trained, monkeypatch, tmp_path):
-    parts, context = gaussian
-    evaluate = EVALUATORS["enable_loss"](parts, uniform())
+    task, context = gaussian
+    evaluate = EVALUATORS["enable_loss"](task, uniform())
     evaluate(context)
-    parts.dataset.test[300, 2] += 1  # another copy of the data
+    task.dataset.test[300, 2] += 1  # another copy of the data
     evaluate(context)
     assert len(units_of("loss", context)) == 2
 
     def identity(**data):
-        parts = run_lib.build(tiny_digits())
-        parts.config.data.update(**data)
-        return run_lib._load(parts, parts.init_state(), trained / "checkpoints/checkpoint_2", tmp_path)[0].identity
+        task = run_lib.build(tiny_digits())
+        task.config.data.update(**data)
+        return run_lib._load(task, task.init_state(), trained / "checkpoints/checkpoint_2", tmp_path)[0].identity
 
     first = identity()
     assert first == identity() != identity(dir="/elsewhere")
@@ -306,15 +307,15 @@ def test_the_digest_of_the_code_is_of_all_that_an_evaluation_runs(monkeypatch, t
 
 def test_fisher_curves_of_an_exact_score(gaussian):
     """The ODE's own score is the model's: the misfit of the prior is below 1e-4."""
-    parts, context = gaussian
-    EVALUATORS["enable_fisher"](parts, uniform())(context)
+    task, context = gaussian
+    EVALUATORS["enable_fisher"](task, uniform())(context)
     saved = np.load(context.file("fisher"))
     assert saved["times"].shape == (5,)
     assert np.all(saved["score_ode"] < 1e-3 * (1 + saved["score_normal"]))
     assert np.all(saved["grad_divergence_normal"] < 1e-4) and np.all(saved["divergence_normal"][1:] > 0)
     single = dict(saved)
-    parts.config.eval.fisher_num_probes = 2
-    EVALUATORS["enable_fisher"](parts, uniform())(context)
+    task.config.eval.fisher_num_probes = 2
+    EVALUATORS["enable_fisher"](task, uniform())(context)
     pairs = np.load(context.file("fisher"))
     for name in ("score_normal", "divergence_normal"):  # the same, as a Rademacher probe gives the trace of c I exactly
         np.testing.assert_allclose(pairs[name], single[name], rtol=1e-3)
@@ -322,13 +323,13 @@ def test_fisher_curves_of_an_exact_score(gaussian):
 
 
 def test_results_do_not_depend_on_the_batch(gaussian):
-    parts, context = gaussian
-    parts.config.sampling.update(rtol=1e-7, atol=1e-7)  # at 1e-5 a step taken here and not there is seen
+    task, context = gaussian
+    task.config.sampling.update(rtol=1e-7, atol=1e-7)  # at 1e-5 a step taken here and not there is seen
     logps, samples = [], []
     for size in (128, 37):
-        parts.config.eval.update(batch_size=size, num_samples=60)
-        EVALUATORS["enable_bpd"](parts, uniform())(context)
-        EVALUATORS["enable_sampling"](parts, uniform())(context)
+        task.config.eval.update(batch_size=size, num_samples=60)
+        EVALUATORS["enable_bpd"](task, uniform())(context)
+        EVALUATORS["enable_sampling"](task, uniform())(context)
         logps.append(np.load(context.file("bpd"))["logp"])
         samples.append(np.load(context.file("samples"))["samples"])
     np.testing.assert_allclose(logps[0], logps[1], atol=1e-4)
@@ -349,8 +350,8 @@ def test_products_are_in_float32():
 
 
 def test_batches_of_a_split(gaussian):
-    parts, _ = gaussian
-    examples = split(parts, "test", repeats=2)
+    task, _ = gaussian
+    examples = split(task, "test", repeats=2)
     seen = [examples.batch(k) for k in range(examples.num_units)]
     assert [repeat for repeat, _, _ in seen] == [0, 0, 0, 1, 1, 1]
     np.testing.assert_array_equal(np.concatenate([index for _, _, index in seen]), np.tile(np.arange(301), 2))
@@ -411,8 +412,8 @@ def test_a_stopped_evaluation_goes_on_to_the_same_figures(trained, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(units, "write_npz", write)
             with pytest.raises(StoppedError):
-                run_lib.evaluate(config, trained, "parts")
-    assert_same(evaluated(config, trained, "parts"), whole)
+                run_lib.evaluate(config, trained, "task")
+    assert_same(evaluated(config, trained, "task"), whole)
 
 
 def test_other_settings_are_computed_anew_and_results_add_up(trained):

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from parts import build
 from runtime import hosts
 from runtime.interrupts import StopRequest
+from task import build
 from tests.test_interruptions import ENVIRONMENT, FLAGS, ROOT, command, finish, wait_until
 from tests.tiny import tiny_digits
 

@@ -15,9 +15,10 @@ from test_reach import silent_server
 
 import datasets
 import evaluation
-import inception
+import run_lib
 from configs.default_configs import get_default_configs
 from errors import UserError
+from evaluators import inception
 
 POOL, LOGITS = 6, 5
 
@@ -203,7 +204,7 @@ def test_inception_score_is_the_closed_form_and_numpys():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("call", [True, False])
 def test_features_are_the_networks_on_scaled_images(tmp_path, call, channels):
-    features = evaluation.load_features(save_network(tmp_path / "net", call=call))
+    features = inception.load_features(save_network(tmp_path / "net", call=call))
     images = random_images(channels=channels)
     for batch_size in (1, 5, 23, 100):
         pool_3, logits = features.fn(images, batch_size)
@@ -214,12 +215,12 @@ def test_features_are_the_networks_on_scaled_images(tmp_path, call, channels):
 
 
 def test_inception_features_loads_and_runs(network):
-    pool_3, logits = evaluation.inception_features(random_images(4), network)
+    pool_3, logits = inception.load_features(network).fn(random_images(4), 100)
     assert pool_3.shape == (4, POOL) and logits.shape == (4, LOGITS)
 
 
 def test_a_network_of_one_size_gets_images_of_that_size(tmp_path):
-    features = evaluation.load_features(save_network(tmp_path / "net", size=12))
+    features = inception.load_features(save_network(tmp_path / "net", size=12))
     assert features.resize.startswith("bilinear to 12x12")
     images = random_images(3, size=8)
     # TensorFlow 1's bilinear: output pixel i lies at 8 i / 12 of the input, whose last pixel is repeated
@@ -235,15 +236,15 @@ def test_a_network_of_one_size_gets_images_of_that_size(tmp_path):
 
 
 def test_only_tfhubs_own_folder_is_called_comparable(tmp_path, network, monkeypatch):
-    other = evaluation.load_features(network)
+    other = inception.load_features(network)
     assert not other.comparable and "not comparable" in other.note
-    local = evaluation.load_features(save_network(tmp_path / "net", dims=(2048, 1008)))
+    local = inception.load_features(save_network(tmp_path / "net", dims=(2048, 1008)))
     assert not local.comparable and "only if" in local.note
     # TF-Hub's cache, where the network is found without a connection
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(inception.reach, "why_unreachable", lambda url: pytest.fail("nothing is to be asked for"))
     (tmp_path / "net").rename(tmp_path / hashlib.sha1(inception.TFHUB_HANDLE.encode()).hexdigest())
-    cached = evaluation.load_features()
+    cached = inception.load_features()
     assert cached.comparable and cached.name == inception.TFHUB_HANDLE
     assert cached.hash == local.hash != other.hash
 
@@ -256,24 +257,24 @@ def test_without_a_network_tfhub_fails_within_seconds(tmp_path, monkeypatch):
     with silent_server() as url:
         monkeypatch.setattr(inception, "TFHUB_HANDLE", url)
         with pytest.raises(UserError, match=r"no answer within 0.2 s.*set eval.inception_path") as info:
-            evaluation.load_features()
+            inception.load_features()
     assert time.monotonic() - start < 20 and "\n" not in str(info.value)
     monkeypatch.setattr(inception.reach, "SECONDS", 60.0)
     with pytest.raises(UserError, match="Connection refused"):  # it is closed
-        evaluation.load_features()
+        inception.load_features()
 
 
 def test_folders_that_are_no_network_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no saved_model\.pb"):
-        evaluation.load_features(str(tmp_path / "missing"))
+        inception.load_features(str(tmp_path / "missing"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "saved_model.pb").write_bytes(b"no graph")
     with pytest.raises(UserError, match="cannot be read as a SavedModel"):
-        evaluation.load_features(str(tmp_path / "broken"))
+        inception.load_features(str(tmp_path / "broken"))
     with pytest.raises(UserError, match="no output 'logits'"):
-        evaluation.load_features(save_network(tmp_path / "pool", outputs=("pool_3",)))
+        inception.load_features(save_network(tmp_path / "pool", outputs=("pool_3",)))
     with pytest.raises(UserError, match="does not take images"):
-        evaluation.load_features(save_network(tmp_path / "batch", batch=4))
+        inception.load_features(save_network(tmp_path / "batch", batch=4))
 
 
 # --- statistics, and the whole path
@@ -300,12 +301,12 @@ def test_statistics_have_the_public_names(data, name):
 def test_the_whole_path_on_digits(tmp_path, network):
     config = digits_config(network, tmp_path / "new" / "digits.npz")
     config.eval.inception_batch_size = 64
-    path = evaluation.stats(config)
+    path = run_lib.stats(config)
     images = datasets.load(config.data).train[np.arange(1500)]
     statistics = evaluation.load_statistics(path, config.data)
     np.testing.assert_allclose(statistics.pool_3, numpy_network(images)[0], rtol=1e-4, atol=1e-5)
 
-    features = evaluation.load_features(network)
+    features = inception.load_features(network)
     pool_3, logits = features.fn(images, 100)
     result = evaluation.sample_metrics(features, statistics, pool_3, logits, config.eval)
     assert abs(result["fid"]) < 1e-6
@@ -333,7 +334,7 @@ def test_the_whole_path_on_digits(tmp_path, network):
 
     # the three equal channels of `num_channels=3` are the same images, and the file may be made again
     config.data.num_channels = 3
-    np.testing.assert_array_equal(evaluation.load_statistics(evaluation.stats(config)).pool_3, statistics.pool_3)
+    np.testing.assert_array_equal(evaluation.load_statistics(run_lib.stats(config)).pool_3, statistics.pool_3)
 
 
 def test_statistics_are_held_once(tmp_path):
@@ -358,20 +359,20 @@ def test_statistics_are_held_once(tmp_path):
 
 def test_statistics_of_other_features_or_images_are_refused(tmp_path, network):
     config = digits_config(network, tmp_path / "digits.npz")
-    path = evaluation.stats(config)
-    other = evaluation.load_features(save_network(tmp_path / "other", seed=1))
+    path = run_lib.stats(config)
+    other = inception.load_features(save_network(tmp_path / "other", seed=1))
     statistics = evaluation.load_statistics(path)
     with pytest.raises(UserError, match=r"digits\.npz has 6 features of .*--mode stats"):
         evaluation.sample_metrics(other, statistics, *other.fn(random_images(), 9), config.eval)
     config.eval.inception_path = other.name
     with pytest.raises(UserError, match=r"move it or set eval\.stats_path"):
-        evaluation.stats(config)
+        run_lib.stats(config)
     config.data.update(dataset="MNIST", image_size=28)
     with pytest.raises(UserError, match="is of digits 8x8, not of mnist 28x28"):
         evaluation.load_statistics(path, config.data)
     config.data.dataset = "mog"
     with pytest.raises(UserError, match="needs images"):
-        evaluation.stats(config)
+        run_lib.stats(config)
 
 
 def test_a_public_file_is_read_and_labelled(tmp_path, network):
@@ -381,11 +382,11 @@ def test_a_public_file_is_read_and_labelled(tmp_path, network):
     path = evaluation.statistics_path(config.data, config.eval.stats_path)
     statistics = evaluation.load_statistics(path, config.data)
     np.testing.assert_array_equal(statistics.pool_3, pool_3)
-    features = evaluation.load_features(network)
+    features = inception.load_features(network)
     result = evaluation.sample_metrics(features, statistics, *features.fn(random_images(), 9), config.eval)
     assert result["statistics"]["features_hash"] == "unknown (public layout)"
     with pytest.raises(UserError, match="move it"):
-        evaluation.stats(config)
+        run_lib.stats(config)
     np.savez_compressed(path, pool_3=pool_3[:, :4])
     with pytest.raises(UserError, match="has 4 features"):
         evaluation.sample_metrics(

@@ -39,8 +39,8 @@ TRAIN = LOSS | LOOP | of("training", "n_iters init_from snapshot_sampling") | of
 SAMPLER = of("sampling", "method smallest_time noise_removal rtol atol probability_flow n_steps_each snr")
 SECOND, THIRD = of("training", "second_order_weight"), of("training", "third_order_weight")
 EVAL = of("eval", "batch_size begin_ckpt end_ckpt wait_for_checkpoints_s num_examples num_repeats bpd_dataset dataset")
-EVAL |= of("eval", "bound enable_bpd enable_fisher enable_loss enable_sampling num_probes ode_solver ode_data_std")
-RK45 = of("eval", "rtol atol max_steps ode_variables ode_lanes")
+EVAL |= of("eval", "bound enable_bpd enable_fisher enable_loss enable_sampling num_probes ode_solver")
+RK45 = of("eval", "rtol atol max_steps")
 BOUND = of("eval", "dsm offset bound_importance_weighting bound_num_times")
 DEQ = of("deq", "dropout ema_rate init_batch_size n_iters network offset")
 # Read by data sets, features and combinations that are not here; each has a test of its own.
@@ -91,7 +91,9 @@ def runs():
     fisher = of("eval", "fisher_num_examples fisher_num_probes fisher_num_times num_samples")
     pc = images(ode_solver="adams", ode_steps=60)
     pc.sampling.method, pc.model.num_scales = "pc", 30
-    of_pc = of("sampling", "corrector predictor") | of("eval", "num_samples enable_metrics ode_steps gaussian_baseline")
+    of_pc = of("sampling", "corrector predictor") | of(
+        "eval", "num_samples enable_metrics ode_steps ode_data_std gaussian_baseline"
+    )
     variational = of("eval", "gaussian_baseline") | of("deq", "ckpt_id network")
     both = SAMPLER | of("sampling", "corrector predictor")
     return [

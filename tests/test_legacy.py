@@ -19,10 +19,11 @@ from golden_utils import GOLDEN, golden_config, load_golden, load_params, relati
 
 import checkpoints
 import datasets
-import legacy
 import losses
 import run_lib
 import sde_lib
+from checkpoints import legacy
+from checkpoints.__main__ import export
 from errors import UserError
 from models import create_model
 from models.score import get_score_fn
@@ -245,26 +246,26 @@ def test_evaluates_in_place(tiny, tmp_path):
     assert np.isfinite(result["bpd"]["mean"])
 
 
-def start(parts, workdir):
+def start(task, workdir):
     """State and record that `run_lib.train` begins with."""
-    state = parts.init_state()
-    resumed = run_lib._resume(parts.config, workdir, state)
-    return resumed or (run_lib._init_from(parts.config.training, state)[0], {})
+    state = task.init_state()
+    resumed = run_lib._resume(task.config, workdir, state)
+    return resumed or (run_lib._init_from(task.config.training, state)[0], {})
 
 
 def test_starts_from_a_file_and_exports_it_again(tiny, tmp_path):
     source = legacy.load_legacy(FILES["vp"])
     tiny.training.init_from = str(FILES["vp"])
-    parts = run_lib.build(tiny)
-    state, record = start(parts, tmp_path / "nothing here")
+    task = run_lib.build(tiny)
+    state, record = start(task, tmp_path / "nothing here")
     assert int(state.step) == 0 and record == {}
     assert_same(state.params, source["params"])
     assert_same(state.ema_params, source["ema_params"])
-    fresh_optimizer = parts.optimizer.init(state.params)
+    fresh_optimizer = task.optimizer.init(state.params)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh_optimizer)
 
     tiny.training.update(init_optimizer=True, n_iters=5)
-    state, _ = start(parts, tmp_path / "nothing here")
+    state, _ = start(task, tmp_path / "nothing here")
     assert int(state.step) == 3
     adam, _, schedule = state.opt_state[1]
     assert int(adam.count) == int(schedule.count) == 3
@@ -283,11 +284,11 @@ def test_starts_from_a_file_and_exports_it_again(tiny, tmp_path):
 
     # a folder of ours serves as well; the checkpoint of a run that is resumed comes before it
     tiny.training.update(init_from=str(folder), init_optimizer=False)
-    state, _ = start(parts, tmp_path / "nothing here")
+    state, _ = start(task, tmp_path / "nothing here")
     assert int(state.step) == 0
     assert_same(state.ema_params, source["ema_params"])
     tiny.training.init_from = "nowhere"
-    state, record = start(parts, tmp_path)
+    state, record = start(task, tmp_path)
     assert int(state.step) == 3 and record["config"]["training"]["n_iters"] == 5
 
 
@@ -319,7 +320,7 @@ def test_a_file_is_neither_overwritten_nor_removed(tiny, tmp_path):
         (tmp_path / "checkpoint_2", "new", "does not exist"),
     ):
         with pytest.raises(UserError, match=words):
-            checkpoints.export(path, tmp_path / out)
+            export(path, tmp_path / out)
     with pytest.raises(UserError, match="cannot be written: No such file"):
         legacy.export_legacy(legacy.load_legacy(FILES["vp"]), tmp_path / "no/folder", 1e-3, 0.6)
     with pytest.raises(UserError, match="no Adam moments"):

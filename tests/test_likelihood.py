@@ -271,119 +271,18 @@ def test_several_probes_average_the_divergence():
     np.testing.assert_allclose(score, score_fn(x, t), rtol=1e-6)
 
 
-@pytest.mark.parametrize("data_std", [0.25, 0.8])
-@pytest.mark.parametrize("name", SDES)
-def test_log_snr_variables_of_a_gaussian(name, data_std):
-    sde, x = SDES[name], data(5)
-    v = probe(jax.random.key(0), (5, 3), "rademacher")
-    options = {"variables": "log_snr", "data_std": data_std}
-    logp, z, _ = solve(sde, gaussian_score(sde), jnp.asarray(x, jnp.float32), v, **options)
-    z_truth, truth = flow_truth(name, x)
-    np.testing.assert_allclose(logp, truth, atol=3e-4)
-    np.testing.assert_allclose(z, z_truth, rtol=1e-4, atol=1e-4 * z_truth.std())
-
-
-@pytest.mark.parametrize("name", SDES)
-def test_log_snr_variables_converge_to_the_truth(name):
-    with jax.enable_x64(True):
-        sde, x = SDES[name], data(2)
-        tight = {"variables": "log_snr", "rtol": 1e-9, "atol": 1e-9}
-        logp, z, _ = solve(sde, gaussian_score(sde), jnp.asarray(x), None, **tight)
-        z_truth, truth = flow_truth(name, x)
-        np.testing.assert_allclose(logp, truth, atol=1e-7)
-        np.testing.assert_allclose(z, z_truth, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", SDES)
-def test_log_snr_variables_have_nothing_to_do_for_data_of_their_own_deviation(name):
-    """The score of N(0, S^2 I): w and the log density stand still, so nine steps at most cross the whole range.
-
-    The first is 1e-6 at least, and each is ten times the one before.
-    """
-    sde, x, std = SDES[name], jnp.asarray(data(4), jnp.float32), 0.6
-
-    def score_fn(x, t):
-        return -x / (jnp.square(sde.alpha(t) * std) + jnp.square(sde.sigma(t)))[:, None]
-
-    logp, _, nfe = solve(sde, score_fn, x, None, variables="log_snr", data_std=std)
-    prior_std = 50.0 if "ve" in name else 1.0
-    (alpha0, sigma0), (alpha1, sigma1) = alpha_and_sigma(name, EPS), alpha_and_sigma(name, 1.0)
-    ratio = np.hypot(alpha1 * std, sigma1) / np.hypot(alpha0 * std, sigma0)
-    truth = normal_logp(np.asarray(x, np.float64) * ratio, 0, np.full(3, prior_std)) + 3 * np.log(ratio)
-    np.testing.assert_allclose(logp, truth, atol=1e-4)
-    assert nfe.max() <= 2 + 6 * 9
-
-
-@pytest.mark.parametrize("name", SDES)
-def test_log_snr_variables_are_the_same_ode(name):
-    """A score that is no gradient field, with true probes: the same density and latent, in float64 at 1e-9."""
-    with jax.enable_x64(True):
-        sde, x = SDES[name], jnp.asarray(data(3))
-        v = jax.random.normal(jax.random.key(2), (2, 3, 3), jnp.float64)
-
-        def score_fn(x, t):  # damped, for a diffusion that is large at T
-            return 0.1 * curved_score(x, t) / jnp.square(sde.sigma(t) + 0.3)[:, None]
-
-        tight = {"rtol": 1e-9, "atol": 1e-9, "max_steps": 100_000}
-        in_t, z_in_t, _ = solve(sde, score_fn, x, v, **tight)
-        for lanes in (0, 2):
-            logp, z, _ = solve(sde, score_fn, x, v, variables="log_snr", lanes=lanes, **tight)
-            np.testing.assert_allclose(logp, in_t, atol=1e-6)
-            np.testing.assert_allclose(z, z_in_t, rtol=1e-6, atol=1e-6)
-
-
-def mixture_score(sde):
-    """Of the mixture of N(-MU, 0.1^2 I) and N(MU, 0.1^2 I) in equal parts, diffused to t."""
-
-    def log_density(x, t):
-        variance = jnp.square(0.1 * sde.alpha(t)) + jnp.square(sde.sigma(t))
-        exponents = [-0.5 * jnp.sum(jnp.square(x - sde.alpha(t) * m)) / variance for m in (-MU, MU)]
-        return jax.nn.logsumexp(jnp.stack(exponents))
-
-    return jax.vmap(jax.grad(log_density))
-
-
-@pytest.mark.parametrize(("name", "fewer"), [("ve", 0.7), ("linearve", 0.7)])
-def test_log_snr_variables_take_fewer_steps(name, fewer):
-    sde = SDES[name]
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 3)) * 0.1 + MU, jnp.float32)
-    score_fn = mixture_score(sde)
-    in_t, _, nfe_in_t = solve(sde, score_fn, x, None)
-    logp, _, nfe = solve(sde, score_fn, x, None, variables="log_snr", data_std=0.4)
-    np.testing.assert_allclose(logp, in_t, atol=2e-3)
-    # 0.59 and 0.56 times as many, and 0.57 for some change of x by 1e-6
-    assert nfe.mean() < fewer * nfe_in_t.mean(), (nfe.mean(), nfe_in_t.mean())
-
-
-@pytest.mark.parametrize("variables", ["t", "log_snr"])
-def test_queue_of_examples_gives_the_same(variables):
-    """And the same counts, which a change of x by 1e-6 leaves as they are."""
-    with jax.enable_x64(True):
-        sde, x = SDES["vp"], jnp.asarray(data(7))
-        v = jax.random.normal(jax.random.key(2), (2, 7, 3), jnp.float64)
-        for probes in (None, v[0], v):
-            plain = solve(sde, curved_score, x, probes, variables=variables)
-            queued = solve(sde, curved_score, x, probes, variables=variables, lanes=3)
-            np.testing.assert_array_equal(queued[2], plain[2])
-            np.testing.assert_allclose(queued[0], plain[0], rtol=1e-9)
-            np.testing.assert_allclose(queued[1], plain[1], rtol=1e-8, atol=1e-9)
-
-
-def test_unknown_variables():
-    with pytest.raises(UserError, match=r"eval\.ode_variables='x'.*t, log_snr"):
-        ode_log_likelihood(SDES["vp"], curved_score, jnp.ones((1, 3)), None, variables="x")
-
-
 def solve_even(sde, score_fn, x, v, **options):
     """`even_grid_log_likelihood` as one program."""
     return jit(lambda x, v: even_grid_log_likelihood(sde, score_fn, x, v, **options))(x, v)
 
 
+@pytest.mark.parametrize("data_std", [0.25, 0.8])
 @pytest.mark.parametrize("name", SDES)
-def test_even_grid_of_a_gaussian(name):
+def test_even_grid_of_a_gaussian(name, data_std):
     sde, x = SDES[name], data(5)
     v = probe(jax.random.key(0), (5, 3), "rademacher")
-    logp, z, nfe, error = solve_even(sde, gaussian_score(sde), jnp.asarray(x, jnp.float32), v, steps=192)
+    options = {"steps": 192, "data_std": data_std}
+    logp, z, nfe, error = solve_even(sde, gaussian_score(sde), jnp.asarray(x, jnp.float32), v, **options)
     z_truth, truth = flow_truth(name, x)
     np.testing.assert_allclose(logp, truth, atol=3e-4)
     np.testing.assert_allclose(z, z_truth, rtol=2e-4, atol=2e-4 * z_truth.std())
@@ -405,14 +304,35 @@ def test_even_grid_converges_to_the_truth(name):
         np.testing.assert_allclose(np.log2(errors[:-1]) - np.log2(errors[1:]), 3, atol=0.3)  # third order
 
 
-def test_even_grid_is_the_same_ode():
+@pytest.mark.parametrize("name", SDES)
+def test_even_grid_has_nothing_to_do_for_data_of_its_own_deviation(name):
+    """The score of N(0, S^2 I): w and the log density stand still, so the fewest steps cross the whole range."""
+    sde, x, std = SDES[name], jnp.asarray(data(4), jnp.float32), 0.6
+
+    def score_fn(x, t):
+        return -x / (jnp.square(sde.alpha(t) * std) + jnp.square(sde.sigma(t)))[:, None]
+
+    logp, _, _, _ = solve_even(sde, score_fn, x, None, data_std=std, steps=4)
+    prior_std = 50.0 if "ve" in name else 1.0
+    (alpha0, sigma0), (alpha1, sigma1) = alpha_and_sigma(name, EPS), alpha_and_sigma(name, 1.0)
+    ratio = np.hypot(alpha1 * std, sigma1) / np.hypot(alpha0 * std, sigma0)
+    truth = normal_logp(np.asarray(x, np.float64) * ratio, 0, np.full(3, prior_std)) + 3 * np.log(ratio)
+    np.testing.assert_allclose(logp, truth, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_even_grid_is_the_same_ode(name):
     """A score that is no gradient field, with true probes, one and several, and the trace."""
     with jax.enable_x64(True):
-        sde, x = SDES["vp"], jnp.asarray(data(3))
+        sde, x = SDES[name], jnp.asarray(data(3))
         v = jax.random.normal(jax.random.key(2), (2, 3, 3), jnp.float64)
+
+        def score_fn(x, t):  # damped, for a diffusion that is large at T
+            return 0.1 * curved_score(x, t) / jnp.square(sde.sigma(t) + 0.3)[:, None]
+
         for probes in (None, v[0], v):
-            expected, latent, _ = solve(sde, curved_score, x, probes, rtol=1e-9, atol=1e-9, variables="log_snr")
-            logp, z, _, _ = solve_even(sde, curved_score, x, probes, steps=2000)
+            expected, latent, _ = solve(sde, score_fn, x, probes, rtol=1e-9, atol=1e-9, max_steps=100_000)
+            logp, z, _, _ = solve_even(sde, score_fn, x, probes, steps=2000)
             np.testing.assert_allclose(logp, expected, atol=1e-5)
             np.testing.assert_allclose(z, latent, rtol=1e-5, atol=1e-5)
 
@@ -426,10 +346,9 @@ def test_even_grid_and_its_estimate_for_a_rough_score():
         def score_fn(x, t):
             return gaussian_score(sde)(x, t) * (1 + 0.2 * jnp.sin(20 * sde.log_snr(t) + phase))[:, None]
 
-        options = {"variables": "log_snr", "data_std": 0.8}
-        truth, _, _ = solve(sde, score_fn, x, None, rtol=1e-9, atol=1e-9, **options)
+        truth, _, _ = solve(sde, score_fn, x, None, rtol=1e-9, atol=1e-9, max_steps=100_000)
         logp, _, nfe, estimate = solve_even(sde, score_fn, x, None, steps=192, data_std=0.8)
-        adaptive, _, nfe_adaptive = solve(sde, score_fn, x, None, rtol=1e-3, atol=1e-3, **options)
+        adaptive, _, nfe_adaptive = solve(sde, score_fn, x, None, rtol=1e-3, atol=1e-3)
         error, error_adaptive = (np.mean(np.abs(value - truth)) for value in (logp, adaptive))
         # 0.96 and 5.4; a change of x by 1e-6 makes that 0.98 and 4.4 to 6.1
         assert nfe_adaptive.mean() > 0.9 * nfe.mean()

@@ -17,13 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoints
 import datasets
-import loop
 import losses
 import run_lib
 import sampling
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
-from runtime import trackers
+from runtime import loop, trackers
 
 ROOT = Path(__file__).parent.parent
 
@@ -359,13 +358,12 @@ def test_the_step_is_compiled_once_and_tells_its_memory(caplog):
         traces.append(0)
         return {"w": state["w"] + x.sum()}, {"loss": x.mean()[None]}
 
-    steps = loop.Steps(jax.pmap(step, donate_argnums=0), ())
     state = jax.pmap(lambda x: x)({"w": np.zeros((1, 25_000), np.float32)})
     x = np.ones((1, 6_000), np.float32)
     with caplog.at_level("INFO", logger="absl"):
-        steps.compile(state, x)
+        program = loop.compiled(jax.pmap(step, donate_argnums=0), state, x, ())
     for _ in range(3):
-        state, _ = steps(state, x)
+        state, _ = program(state, x, ())
     assert len(traces) == 1
     np.testing.assert_allclose(state["w"], 18_000.0)
     # 100,000 bytes of the state, whose memory the result takes over, 24,000 of x and 4 of the loss

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-import quickstart
+from reproduce import quickstart
 
 
 def test_another_number_of_steps_trains_anew(tmp_path, monkeypatch):

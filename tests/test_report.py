@@ -20,9 +20,10 @@ from PIL import Image
 import report
 from configs.default_configs import get_default_configs
 from errors import UserError
-from plots import run_curves, run_files, sample_grids
+from report import run_curves, run_files, sample_grids
+from report.__main__ import main
 
-REPO = Path(report.__file__).parent
+REPO = Path(report.__file__).parent.parent
 MEANS, STDS, WEIGHTS = np.array([-2, -6, 4]) / 7, np.sqrt([0.1, 0.1, 1]) / 7, np.array([0.3, 0.3, 0.4])
 
 
@@ -452,7 +453,7 @@ def browse(profile: Path, page: Path, *wanted: str) -> str:
 def test_a_browser_shows_the_pages(tmp_path):
     one, two = toy_run(tmp_path / "one"), image_run(tmp_path / "two")
     write_json(one / "run.json", {"launches": [LAUNCH]})
-    report.main([str(one), str(two)])
+    main([str(one), str(two)])
     for page, wanted in ((one / "report/report.html", 4), (one / "report/comparison.html", 1 + 4 + 5)):
         screenshot = tmp_path / "screenshot.png"
         browse(tmp_path / "profile", page, f"--screenshot={screenshot}")
@@ -487,13 +488,13 @@ def test_command_line(tmp_path, capsys):
     first, second = tmp_path / "one", tmp_path / "two"
     for workdir, kl in ((first, 0.00391), (second, 0.0456)):
         write_json(workdir / "eval/report_1.json", {"dataset": "mog", "kl": kl})
-    report.main([str(first), str(second)])
+    main([str(first), str(second)])
     paths = capsys.readouterr().out.split()
     comparison = first / "report/comparison.html"
     assert paths == [str(first / "report/report.html"), str(second / "report/report.html"), str(comparison)]
     assert re.search(r"0\.00391 nats\s+0\.0456 nats", Page(comparison).text)
     with pytest.raises(UserError, match="usage"):
-        report.main([])
+        main([])
     done = subprocess.run(
         [sys.executable, "-m", "report", str(tmp_path / "no")], cwd=REPO, capture_output=True, text=True, timeout=60
     )

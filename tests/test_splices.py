@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import parts
 from errors import UserError
 from evaluators.context import split
 from evaluators.likelihood import log_likelihood
 from reproduce import pairs, splices
+from runtime.devices import replicate
 
 
 def log_likelihoods(folder, seed):
@@ -21,7 +21,7 @@ def log_likelihoods(folder, seed):
     config.seed = seed
     examples = split(built[0], "test", limit=4)
     repeat, x, index = examples.batch(0)
-    arrays = parts.replicate(params), parts.replicate(model_state)
+    arrays = replicate(params), replicate(model_state)
     return log_likelihood(built[0], examples.size)(*arrays, x, index, repeat)["logp"]
 
 

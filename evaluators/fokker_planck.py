@@ -6,7 +6,7 @@ to eps, has another density than the probability
 flow ODE as soon as the score s is not exact. Here it is computed on a grid, so that it has no sampling error.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +14,7 @@ from jaxtyping import Float
 from scipy.interpolate import CubicSpline
 from scipy.linalg import solve_banded
 
-from sde_lib import SDE
-
-# (x [N, 1], t [N]) -> score [N, 1]
-ScoreFn = Callable[[Float[np.ndarray, "N 1"], Float[np.ndarray, "N"]], Float[np.ndarray, "N 1"]]
+from sde_lib import SDE, ScoreFn
 
 
 def reverse_sde_log_density(
@@ -33,7 +30,7 @@ def reverse_sde_log_density(
 ) -> Float[np.ndarray, "M"]:
     """log density at x, nats [M], of the reverse SDE's solution at eps; -inf outside the grid.
 
-    With w = x / c, c = S alpha cosh tau, sinh tau = sigma / (alpha S) (`likelihood.log_snr_variables`) and -tau as the
+    With w = x / c, c = S alpha cosh tau, sinh tau = sigma / (alpha S) and -tau as the
     time, the SDE is the same for every process,
 
         dw = (2 sigma s + tanh(tau) w) dr + sqrt(2 tanh tau) dW,    r = -tau,
@@ -60,8 +57,8 @@ def reverse_sde_log_density(
     prior = sde.prior_logp(jnp.asarray(first_scale * centers, jnp.float32)[:, None])
     density = first_scale * np.exp(np.asarray(prior, np.float64))
     for tau, time, scale, sigma in zip(middles, times, scales, sigmas, strict=True):
-        points = (scale * edges).astype(np.float32)
-        score = np.asarray(score_fn(points[:, None], np.full(cells + 1, time)), np.float64)[:, 0]
+        points: Any = (scale * edges).astype(np.float32)[:, None], np.full(cells + 1, time)
+        score = np.asarray(score_fn(*points), np.float64)[:, 0]
         half = 0.5 * dr * _flow(2 * sigma * score + np.tanh(tau) * edges, np.tanh(tau), h)
         implicit = -half
         implicit[1] += 1

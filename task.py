@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both jobs are built from: the config made into a process, data, a network and an optimiser."""
+"""What a config describes, built once for all modes: the SDE, the data, the network, the optimiser and their state."""
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,8 +24,8 @@ MAX_EXACT_DIM = 1024  # above which an exact Jacobian is refused
 Config = Any  # an ml_collections.ConfigDict, whose keys have no types
 
 
-class Parts(NamedTuple):
-    """What both jobs are built from."""
+class Task(NamedTuple):
+    """The objects that a config describes."""
 
     config: Config
     sde: sde_lib.SDE
@@ -63,37 +62,37 @@ def new_state(params: Any, model_state: Any, optimizer: Any, key: Any) -> losses
     )
 
 
-def dequantizer_state(parts: Parts, model: flowpp.Dequantizer, images: np.ndarray | None = None) -> losses.TrainState:
+def dequantizer_state(task: Task, model: flowpp.Dequantizer, images: np.ndarray | None = None) -> losses.TrainState:
     """Of the variational dequantiser, initialised from images [B, H, W, C] in [0, 1]; without, only its shapes."""
-    init_key, u_key, key = jax.random.split(jax.random.PRNGKey(parts.config.seed), 3)
+    init_key, u_key, key = jax.random.split(jax.random.PRNGKey(task.config.seed), 3)
 
     def init(images):
         u = jax.random.normal(u_key, images.shape)
-        return new_state(flowpp.init_params(model, init_key, images, u), {}, parts.optimizer, key)
+        return new_state(flowpp.init_params(model, init_key, images, u), {}, task.optimizer, key)
 
     if images is None:
-        return jax.eval_shape(init, jax.ShapeDtypeStruct((1, *parts.dataset.shape), jnp.float32))
+        return jax.eval_shape(init, jax.ShapeDtypeStruct((1, *task.dataset.shape), jnp.float32))
     return init(jnp.asarray(images))
 
 
-def build(config: Config) -> Parts:
-    """Checks the config and makes the parts. UserError says what is wrong with the config or the data."""
+def build(config: Config) -> Task:
+    """Checks the config and makes the task. UserError says what is wrong with the config or the data."""
     check_config(config)
     devices = jax.device_count()
     for key in ("training.batch_size", "eval.batch_size"):
         if flatten(config)[key] % devices:
             raise UserError(f"{key}={flatten(config)[key]} is not divisible by the {devices} devices of this run")
-    size, parts = config.training.batch_size, config.training.num_microbatches
-    if size // devices % parts:
+    size, count = config.training.batch_size, config.training.num_microbatches
+    if size // devices % count:
         raise UserError(
             f"training.batch_size={size} on {devices} device(s) does not fall into "
-            f"training.num_microbatches={parts} equal parts; let that divide {size // devices}"
+            f"training.num_microbatches={count} equal parts; let that divide {size // devices}"
         )
     sde, model, optimizer = sde_lib.from_config(config), models.create_model(config), losses.get_optimizer(config.optim)
     dataset = datasets.load(config.data)
     _check_kind(config, model, dataset)
     _check_exact(config, dataset)
-    return Parts(config, sde, dataset, model, optimizer)
+    return Task(config, sde, dataset, model, optimizer)
 
 
 def _check_kind(config: Config, model: nn.Module, dataset: datasets.Dataset) -> None:
@@ -126,44 +125,3 @@ def _check_exact(config: Config, dataset: datasets.Dataset) -> None:
                 f"network and {dim**2:,} numbers ({dim**2 / 2**18:.3g} MiB) an example; above {MAX_EXACT_DIM} "
                 "dimensions use a probe (exact_jacobian=False, hutchinson_type=rademacher)"
             )
-
-
-def all_devices() -> list:
-    """Of all hosts, those of host 0 first: so host k's part of a batch is the k-th contiguous part."""
-    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-
-
-def replicate(tree, devices: list | None = None):
-    """One copy for each device of this host, on a new leading axis; devices: of the pmap it is for (all).
-
-    The pmapped identity puts it where pmap's own results lie; else the first step would be compiled twice.
-    """
-    copies = jax.tree.map(lambda x: np.stack([x] * jax.local_device_count()), tree)
-    p_identity = jax.pmap(lambda x: x, devices=devices or all_devices())
-    return p_identity(copies) if jax.tree.leaves(copies) else copies
-
-
-def first(tree):
-    """The copy of this host's first device, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
-
-
-def on_this_host(x: jax.Array) -> np.ndarray:
-    """[local devices * b, ...], of a pmap's result [devices, b, ...]."""
-    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data).reshape(-1, *x.shape[2:]) for shard in shards])
-
-
-def shard(x: np.ndarray) -> np.ndarray:
-    """[B, ...] to [local devices, B / devices, ...]."""
-    return x.reshape(jax.local_device_count(), -1, *x.shape[1:])
-
-
-def digest(tree) -> str:
-    """12 hexadecimal digits that tell two trees of arrays apart."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
-        array = np.ascontiguousarray(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()[:12]

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from checkpoints.legacy import in_structure_of, load_legacy
 from errors import UserError
-from legacy import export_legacy, in_structure_of, load_legacy
 
 _NEW = ".new"  # of a checkpoint that is whole and about to take the place of one of its number
 _NAME = re.compile(rf"checkpoint_(\d+)(?:{re.escape(_NEW)})?")
@@ -246,26 +245,3 @@ def _check_shapes(wanted: dict[str, Any], have: dict[str, Any], where: str | Pat
     for name in have:
         if name not in wanted:
             raise UserError(f"checkpoint {where} has {name}, which this config's network lacks: {hint}")
-
-
-def export(path: str | Path, out: str | Path) -> None:
-    """Writes one of our checkpoints in the public code's layout, with lr and EMA rate of its config. Or UserError."""
-    if Path(path).is_file():
-        raise UserError(f"{path} is a file, so in the public code's layout already; give one of our checkpoint folders")
-    if Path(out).exists():
-        raise UserError(f"{out} exists; give the name of a new file")
-    state, record = restore(path)
-    try:
-        lr, ema_rate = record["config"]["optim"]["lr"], record["config"]["model"]["ema_rate"]
-    except KeyError as error:
-        raise UserError(f"checkpoint {path} has no {error} in its record, which says lr and EMA rate") from error
-    export_legacy(state, out, lr, ema_rate)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "export":
-        sys.exit("usage: python -m checkpoints export PATH OUT   (PATH: a folder checkpoint_<number>; OUT: a new file)")
-    try:
-        export(*sys.argv[2:])
-    except UserError as error:
-        sys.exit(f"error: {error}")

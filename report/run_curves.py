@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from errors import UserError
-from plots import fisher_curves
-from plots.canvas import MODEL, OTHER, PALETTE, TRUTH, Picture, panels, plus_minus, png
-from plots.run_files import Run, newest_npz
-from plots.sample_grids import as_rows, newest_samples, over_training
+from report import fisher_curves
+from report.canvas import MODEL, OTHER, PALETTE, TRUTH, Picture, panels, plus_minus, png
+from report.run_files import RunFiles, newest_npz
+from report.sample_grids import as_rows, newest_samples, over_training
 
 TERMS = {
     "first": "First order",
@@ -40,7 +40,7 @@ LIKELIHOODS = {
 # ---- pictures of one run
 
 
-def pictures(run: Run) -> Iterator[Picture]:
+def pictures(run: RunFiles) -> Iterator[Picture]:
     """The pictures that the files of the run allow."""
     names = [name for name in TERMS if any(np.any(run.series(split, name)[1]) for split in ("train", "eval"))]
     if names:
@@ -84,7 +84,7 @@ def _log_if_wide(ax: Axes) -> None:
         ax.set_yscale("log")
 
 
-def _losses(run: Run, names: list[str]) -> Figure:
+def _losses(run: RunFiles, names: list[str]) -> Figure:
     columns = 2 if len(names) in (2, 4) else min(3, len(names))
     figure, axes = panels(math.ceil(len(names) / columns), columns, 4.2, 3.1)
     handles = {}
@@ -170,7 +170,7 @@ def likelihoods(values: np.ndarray, unit: str) -> Figure:
     return figure
 
 
-def by_checkpoint(runs: Mapping[str, Run], name: str) -> Iterator[Picture]:
+def by_checkpoint(runs: Mapping[str, RunFiles], name: str) -> Iterator[Picture]:
     """Each likelihood and bound over the training step of its checkpoint; a picture for each unit.
 
     runs: label -> run; of several, that of the test data alone. Nothing is drawn of a unit that only one run has.
@@ -203,9 +203,9 @@ def _has_mean(value: Any) -> bool:
 # ---- pictures of several runs
 
 
-def comparisons(runs: Mapping[str, Run]) -> Iterator[Picture]:
+def comparisons(runs: Mapping[str, RunFiles]) -> Iterator[Picture]:
     """Runs on the same data at once: their 1-D densities, likelihoods and losses by order."""
-    groups: dict[str, dict[str, Run]] = {}
+    groups: dict[str, dict[str, RunFiles]] = {}
     for label, run in runs.items():
         groups.setdefault(run.dataset, {})[label] = run
     for dataset, group in groups.items():
@@ -223,7 +223,7 @@ def comparisons(runs: Mapping[str, Run]) -> Iterator[Picture]:
         yield Picture("loss", png(_compared_losses(groups, orders)), caption)
 
 
-def _compared_losses(groups: Mapping[str, Mapping[str, Run]], orders: list[str]) -> Figure:
+def _compared_losses(groups: Mapping[str, Mapping[str, RunFiles]], orders: list[str]) -> Figure:
     """A row for each data set, a panel for each order that some run has."""
     single = len(groups) == len(orders) == 1
     figure, axes = panels(len(groups), len(orders), 9.0 if single else 5.4, 3.6)

@@ -17,64 +17,47 @@ from absl import logging
 import checkpoints
 import losses
 from errors import UserError
-from parts import Config, first, replicate, shard
-from runtime import programs
+from runtime.devices import first, replicate, shard
 from runtime.interrupts import StopRequest
 from runtime.launch import program_memory
 from runtime.records import MetricsLog, Pending
 from runtime.trackers import open_trackers
+from task import Config
 
 # Calls of the step that may be under way while the host goes on; their metrics are read afterwards.
 _IN_FLIGHT = 2
 
 
 class Job(NamedTuple):
-    """What is trained. A step takes (state, x [devices, n, B / devices, ...]) to (state, metrics [devices, n])."""
+    """What is trained, and how.
+
+    p_step is a pmap of n steps: (state, x [devices, n, B / devices, ...], frozen) -> (state, metrics [devices, n]).
+    """
 
     config: Config  # its `training` section sets the frequencies
     directory: Path
     state: losses.TrainState  # on the host
     record: dict[str, Any]  # of the checkpoint that the state comes from
     loader: Any  # iterator of {'x', 'index'} with get_state and set_state
-    p_step: "Steps"
+    p_step: Any
     n_iters: int
     eval_fn: Callable[[losses.TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]  # means, of each example [b]
-    on_snapshot: Callable[[losses.TrainState, int], bytes | None] | None = (
-        None  # saves samples; the first host's picture
-    )
-    facts: dict[str, Any] | None = None  # to be saved with each checkpoint
+    frozen: Any = ()  # parameters that do not change; as constants of the program they would swell it
+    on_snapshot: Callable[[losses.TrainState, int], bytes | None] | None = None  # saves samples; gives a PNG of them
+    facts: dict[str, Any] | None = None  # saved with each checkpoint
     snapshot_number: Callable[[int], int] = lambda step: step
 
 
-class Steps:
-    """The pmapped step of a `Job`: (state, x) -> (state, metrics), compiled once for each number of steps a call."""
-
-    def __init__(self, p_fn: Any, frozen: Any, facts: Any = None):
-        """p_fn: the pmap of (state, x, frozen); frozen: replicated parameters that do not change.
-
-        facts: what else p_fn depends on beside the code, such as the config (`programs.Kept`).
-        """
-        self._p_fn, self._frozen, self._facts = p_fn, frozen, facts
-        self._programs: dict[tuple[int, ...], Any] = {}  # by the shape of x
-
-    def compile(self, state: losses.TrainState, x: np.ndarray) -> None:
-        """Ahead of the first call, to tell how long it takes and how much memory the program wants of a device."""
-        if jax.process_count() > 1:  # only the pmap itself joins the hosts' parts of x to one array
-            self._programs[x.shape] = self._p_fn
-            return
-        start, kept = time.monotonic(), programs.Kept((state, x, self._frozen), self._facts)
-        program, verb = kept.read(), "training step of an earlier launch read"
-        if program is None:
-            logging.info("compiling the training step; minutes for a large network or an order above 1")
-            program, verb = kept.compile(self._p_fn), "compiled"
-        self._programs[x.shape] = program
-        seconds, memory = time.monotonic() - start, program_memory(program.memory_analysis())
-        logging.info("%s in %.1f s%s", verb, seconds, f"; it needs {memory}" if memory else "")
-
-    def __call__(self, state: losses.TrainState, x: np.ndarray) -> tuple[losses.TrainState, dict[str, jax.Array]]:
-        if x.shape not in self._programs:
-            self.compile(state, x)
-        return self._programs[x.shape](state, x, self._frozen)
+def compiled(p_step: Any, *args: Any) -> Any:
+    """The pmapped step, compiled for arguments of these shapes. Logs its compile time and the memory it needs."""
+    if jax.process_count() > 1:  # only the pmap itself joins the hosts' arrays
+        return p_step
+    logging.info("compiling the training step; minutes for a large network or an order above 1")
+    start = time.monotonic()
+    program = p_step.lower(*args).compile()
+    seconds, memory = time.monotonic() - start, program_memory(program.memory_analysis())
+    logging.info("compiled in %.1f s%s", seconds, f"; it needs {memory}" if memory else "")
+    return program
 
 
 def run(job: Job) -> losses.TrainState:
@@ -90,7 +73,7 @@ class _Loop:
     def __init__(self, job: Job):
         self.job, self.training = job, job.config.training
         self.step = int(job.state.step)
-        self.state = replicate(job.state)
+        self.state, self.frozen = replicate(job.state), replicate(job.frozen)
         self.is_writer = jax.process_index() == 0
         if "loader" in job.record:
             job.loader.set_state(job.record["loader"])
@@ -104,14 +87,14 @@ class _Loop:
 
     def run(self, stop: StopRequest) -> losses.TrainState:
         job, training, jitted = self.job, self.training, self.training.n_jitted_steps
-        clock = None
+        clock, programs = None, {}
         for x, index in _grouped(job.loader, jitted, first=jitted - self.step % jitted):
             if self.step >= job.n_iters:
                 break
-            if clock is None:
-                job.p_step.compile(self.state, x)
-                clock = _Clock(self.step)
-            self.state, metrics = job.p_step(self.state, x)
+            if x.shape not in programs:  # the first call after a resume may be shorter
+                programs[x.shape] = compiled(job.p_step, self.state, x, self.frozen)
+            clock = clock or _Clock(self.step)
+            self.state, metrics = programs[x.shape](self.state, x, self.frozen)
             self.step += len(index)
             self.in_flight.append((self.step, metrics, index))
             self._settle(_IN_FLIGHT)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from errors import UserError
-from plots.canvas import MODEL, TRUTH, Picture, panels, png
-from plots.run_files import Run, load_npz, newest_npz, number_of, numbered
+from report.canvas import MODEL, TRUTH, Picture, panels, png
+from report.run_files import RunFiles, load_npz, newest_npz, number_of, numbered
 
 MIN_CELL, PAD, PAD_GREY = 40, 2, 200
 
@@ -42,7 +42,7 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def newest_samples(run: Run) -> Iterator[Picture]:
+def newest_samples(run: RunFiles) -> Iterator[Picture]:
     """The newest samples: of the evaluation, unless training has drawn some at a later step."""
     paths = numbered(run.workdir / "samples", "step_*")
     step = run.results[-1].get("step", math.inf) if run.results else math.inf
@@ -93,7 +93,7 @@ def _num_bins(n: int) -> int:
     return min(100, max(10, n // 10))
 
 
-def over_training(run: Run, most: int = 4) -> Iterator[Picture]:
+def over_training(run: RunFiles, most: int = 4) -> Iterator[Picture]:
     """Samples of up to `most` snapshots of the training side by side, the first and the newest among them.
 
     Nothing if fewer than two snapshots drew samples. UserError if a file cannot be read.

@@ -8,7 +8,6 @@ there is left out of the page.
 import base64
 import html
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ import numpy as np
 
 from configs.check import differences, flatten
 from configs.default_configs import get_default_configs
-from errors import UserError
-from plots.canvas import STYLE, Picture, plus_minus, png
-from plots.run_curves import comparisons, pictures
-from plots.run_files import Run, load
-from plots.sample_grids import as_rows, image_grid, point_samples
+from report.canvas import STYLE, Picture, plus_minus, png
+from report.run_curves import comparisons, pictures
+from report.run_files import RunFiles, load
+from report.sample_grids import as_rows, image_grid, point_samples
 
 # Key of eval/report_<ckpt>.json: what it is, unit. A key that is not here is shown under its own name.
 HEADLINES = {
@@ -219,14 +217,14 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _headlines(run: Run) -> str:
+def _headlines(run: RunFiles) -> str:
     """One column for each of the last four evaluated checkpoints."""
     results = run.results[-4:]
     columns = [f"Checkpoint {r.get('checkpoint', '?')}, step {_text(r.get('step', '?'))}" for r in results]
     return _table(["", *columns], list(_headline_rows(results)))
 
 
-def _config_table(runs: Mapping[str, Run]) -> str:
+def _config_table(runs: Mapping[str, RunFiles]) -> str:
     """The keys of which some run's value is not the default; those of an older project that are gone now are left out.
 
     A row in which the runs differ is marked. A run without a config has an empty column.
@@ -243,7 +241,7 @@ def _value(value: Any) -> str:
     return str(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _environment_table(runs: Mapping[str, Run]) -> str:
+def _environment_table(runs: Mapping[str, RunFiles]) -> str:
     """Of each run its first launch and its newest; nothing if no run has told of itself."""
     columns = {
         f"{label} launch {i + 1}".strip() if len(run.launches) > 1 else label: run.launches[i] if run.launches else {}
@@ -258,7 +256,7 @@ def _environment_table(runs: Mapping[str, Run]) -> str:
     return _table(["", *columns], rows)
 
 
-def _details(run: Run) -> str:
+def _details(run: RunFiles) -> str:
     config = html.escape(json.dumps(run.config, indent=2))
     return f"<details><summary>Whole config (config.json)</summary><pre>{config}</pre></details>" if run.config else ""
 
@@ -297,23 +295,3 @@ def _page(title: str, body: Sequence[str], wide: bool = False) -> bytes:
     opening = '<body class="wide">' if wide else "<body>"
     body = ["<!doctype html>", '<html lang="en">', head, f"{opening}<h1>{title}</h1>", *body, "</body></html>"]
     return "\n".join(filter(None, body)).encode()
-
-
-def main(workdirs: Sequence[str]) -> None:
-    """Reports on each workdir and compares several in the first one's `report/comparison.html`; prints the paths."""
-    if not workdirs:
-        raise UserError("usage: python -m report WORKDIR [WORKDIR2 ...]")
-    for workdir in workdirs:
-        print(write_report(workdir))
-    if len(workdirs) > 1:
-        names = [Path(workdir).resolve().name for workdir in workdirs]
-        labels = names if len(set(names)) == len(names) else list(workdirs)
-        path = Path(workdirs[0]) / "report" / "comparison.html"
-        print(write_summary(path, f"Comparison of {len(labels)} runs", dict(zip(labels, workdirs, strict=True))))
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as user_error:
-        sys.exit(f"error: {user_error}")

@@ -12,7 +12,7 @@ import numpy as np
 from errors import UserError
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     """What a workdir holds, the arrays apart; `results` has the evaluated checkpoints, the newest last."""
 
     workdir: Path
@@ -36,7 +36,7 @@ class Run(NamedTuple):
         return str(path.relative_to(self.workdir))
 
 
-def load(workdir: Path, eval_folder: str = "eval") -> Run:
+def load(workdir: Path, eval_folder: str = "eval") -> RunFiles:
     """UserError if nothing of a run is in `workdir`, or a file of it is damaged."""
     folder = workdir / eval_folder
     try:
@@ -50,7 +50,7 @@ def load(workdir: Path, eval_folder: str = "eval") -> Run:
         raise UserError(f"a JSON file of {workdir} is damaged: {error}") from error
     if not (config or metrics or results or numbered(folder, "*.npz") or numbered(workdir / "samples", "*")):
         raise UserError(f"nothing to report in {workdir}: no config.json, metrics.jsonl, samples/ or {eval_folder}/")
-    return Run(workdir, folder, config, metrics, results, facts.get("launches", []))
+    return RunFiles(workdir, folder, config, metrics, results, facts.get("launches", []))
 
 
 def _json_or_nothing(path: Path) -> dict[str, Any]:

@@ -13,23 +13,24 @@ from jax.experimental import multihost_utils
 import losses
 import report
 from evaluators.samples import is_whole, sampler
-from parts import Parts, all_devices
+from runtime.devices import all_devices
 from runtime.records import write_npz
+from task import Task
 
 
-def sample_saver(parts: Parts, workdir: Path) -> Callable[[losses.TrainState, int], bytes | None]:
+def sample_saver(task: Task, workdir: Path) -> Callable[[losses.TrainState, int], bytes | None]:
     """(state, step) -> a picture of 64 images or 1,000 points, as a PNG; writes `samples/step_<step>` too.
 
     Of images that file is the picture, of points it has the samples. Every host draws its share, so that none waits
     for another; the first one writes, and the others get None.
     """
-    count = 64 if parts.dataset.is_image else 1000
-    draw = sampler(parts, all_devices())
+    count = 64 if task.dataset.is_image else 1000
+    draw = sampler(task, all_devices())
     padded = math.ceil(count / jax.device_count()) * jax.device_count()
 
     def save_samples(state: losses.TrainState, step: int) -> bytes | None:
         index = np.arange(padded).reshape(jax.process_count(), -1)[jax.process_index()]
-        keys = jax.random.fold_in(jax.random.PRNGKey(parts.config.seed), step)
+        keys = jax.random.fold_in(jax.random.PRNGKey(task.config.seed), step)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, index)
         samples, _ = draw(state.ema_params, state.model_state, keys)
         if jax.process_count() > 1:
@@ -39,11 +40,11 @@ def sample_saver(parts: Parts, workdir: Path) -> Callable[[losses.TrainState, in
         samples, path = samples[:count], workdir / "samples" / f"step_{step:08d}"
         if failed := int(np.sum(~is_whole(samples))):
             logging.warning("the sampler failed on %d of %d samples of step %d", failed, len(samples), step)
-        if parts.dataset.is_image:
+        if task.dataset.is_image:
             report.save_image_grid(path.with_suffix(".png"), samples)
             return path.with_suffix(".png").read_bytes()
         write_npz(path.with_suffix(".npz"), samples=samples)
         shown = samples[is_whole(samples)]
-        return report.points_picture(shown, parts.dataset.test[np.arange(min(5000, len(parts.dataset.test)))])
+        return report.points_picture(shown, task.dataset.test[np.arange(min(5000, len(task.dataset.test)))])
 
     return save_samples

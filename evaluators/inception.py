@@ -1,68 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inception features of images, and the files that hold a data set's.
+"""The network whose features of images IS, FID and KID are made of.
 
 TF-Hub's `tfgan/eval/inception/1`, whose pool_3 [2048] and logits [1008] the published IS, FID and KID of this line of
 work are made of, or a SavedModel on disk. TensorFlow is imported late, because training needs none of this.
 """
 
-import dataclasses
 import hashlib
 import os
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float32, UInt8
 
-import datasets
 from errors import UserError
-from runtime import records
+from evaluation import Features
 from sources import reach
 
 TFHUB_HANDLE = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 POOL_DIM, LOGITS_DIM = 2048, 1008
-UNKNOWN = "unknown (public layout)"
-
-FeatureFn = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """A network of features, and what a result must say about it.
-
-    fn: (images uint8 [N, H, W, 1 or 3], batch size) -> pool_3 float32 [N, d], logits float32 [N, k].
-    hash: of the SavedModel's graph and weights. resize: who brings the images to the network's size, and how.
-    comparable: whether results compare with published ones, as far as can be known; note: why.
-    """
-
-    fn: FeatureFn
-    name: str
-    hash: str
-    resize: str
-    comparable: bool
-    note: str
-
-
-class Statistics(NamedTuple):
-    """The features of a data set: pool_3 [N, d] and where they are from; `hash` is of pool_3's bytes."""
-
-    path: str
-    pool_3: np.ndarray
-    hash: str
-    features_name: str
-    features_hash: str
-
-
-def inception_features(
-    images: UInt8[np.ndarray, "N H W C"], path: str = "", batch_size: int = 100
-) -> tuple[Float32[np.ndarray, "N d"], Float32[np.ndarray, "N k"]]:
-    """pool_3 [N, 2048] and logits [N, 1008] of images in 0..255. Loads the network; for many calls `load_features`."""
-    return load_features(path).fn(images, batch_size)
 
 
 def load_features(path: str = "") -> Features:
@@ -88,8 +47,8 @@ def load_features(path: str = "") -> Features:
     resize = "inside the module" if size is None else f"bilinear to {size[0]}x{size[1]}, as TensorFlow 1's"
 
     def fn(images: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        parts = [call(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
-        pools, logits = zip(*parts, strict=True)
+        batches = [call(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+        pools, logits = zip(*batches, strict=True)
         return np.concatenate(pools), np.concatenate(logits)
 
     try:
@@ -181,90 +140,3 @@ def _hash_of_model(folder: Path) -> str:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def statistics_path(data_config: Any, stats_path: str = "") -> Path:
-    """stats_path or, if empty, assets/stats/<name>_stats.npz, in the working directory: the public code's names."""
-    return Path(stats_path).expanduser() if stats_path else Path("assets/stats", f"{_data_name(data_config)}_stats.npz")
-
-
-def _data_name(data_config: Any) -> str:
-    """cifar10, imagenet32 (its newer copy imagenet_resized32), lsun_<category>_<size>, else the name in lower case."""
-    name, size = data_config.dataset, data_config.image_size
-    if name == "LSUN":
-        return f"lsun_{data_config.category}_{size}"
-    if name == "ImageNet":
-        newer = data_config.category == "imagenet_resized"
-        return f"imagenet_resized{size}" if newer else f"imagenet{size}"
-    return name.lower()
-
-
-def load_statistics(path: Path, data_config: Any = None) -> Statistics:
-    """The features that `compute_statistics` wrote, or of a public file, an npz with `pool_3` [N, d] and no more.
-
-    UserError: no such file, not one of these, or, if data_config is given, one of other images.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"{path}, the features of the training images, does not exist: make it with --mode stats, "
-            "or set eval.stats_path"
-        )
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # np.load leaves a damaged file open
-            arrays = {name: saved[name] for name in saved.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an npz file ({error}); make it with --mode stats") from error
-    if "pool_3" not in arrays or len(arrays["pool_3"]) < 2:
-        raise UserError(f"{path} has no array pool_3 of two rows or more; make it with --mode stats")
-    if data_config is not None and "data" in arrays and str(arrays["data"]) != _images_name(data_config):
-        raise UserError(
-            f"{path} is of {arrays['data']}, not of {_images_name(data_config)}: "
-            "set eval.stats_path to another file and make it with --mode stats"
-        )
-    pool_3 = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)
-    name, hash_ = (str(arrays.get(key, UNKNOWN)) for key in ("features_name", "features_hash"))
-    digest = hashlib.sha256(np.ascontiguousarray(pool_3).data).hexdigest()[:16]
-    return Statistics(str(path), pool_3, digest, name, hash_)
-
-
-def _images_name(data_config: Any) -> str:
-    return f"{_data_name(data_config)} {data_config.image_size}x{data_config.image_size}"
-
-
-def compute_statistics(
-    dataset: datasets.Dataset, data_config: Any, features: Features, path: Path, batch_size: int = 100
-) -> Path:
-    """Writes the features of every training image, in order and as it is: 8 bits, no flip, no dequantisation.
-
-    Holds the N d features once. UserError if the file there is of other features, a public one for example: it may not
-    be possible to make it anew.
-    """
-    if path.exists() and (old := load_statistics(path).features_hash) != features.hash:
-        raise UserError(f"{path} exists, of features {old}, not {features.hash}: move it or set eval.stats_path")
-    count, pool_3 = len(dataset.train), np.empty((0, 0), np.float32)
-    for start in range(0, count, batch_size):
-        stop = min(start + batch_size, count)
-        batch, _ = features.fn(dataset.train[np.arange(start, stop)], batch_size)
-        if start == 0:
-            pool_3 = np.empty((count, batch.shape[1]), np.float32)
-        pool_3[start:stop] = batch
-        if 10 * stop // count > 10 * start // count:
-            logging.info("features of the training images: %d of %d", stop, count)
-    text = {
-        "data": _images_name(data_config),
-        "features_name": features.name,
-        "features_hash": features.hash,
-        "resize": features.resize,
-    }
-    records.write_npz(path, pool_3=pool_3, **{key: np.array(value) for key, value in text.items()})
-    return path
-
-
-def stats(config: Any) -> Path:
-    """`--mode stats`: the file of the features of the config's training images. UserError if they are not images."""
-    dataset = datasets.load(config.data)
-    if not dataset.is_image:
-        raise UserError(f"--mode stats needs images; data.dataset={config.data.dataset!r} has none")
-    path = statistics_path(config.data, config.eval.stats_path)
-    features = load_features(config.eval.inception_path)
-    return compute_statistics(dataset, config.data, features, path, config.eval.inception_batch_size)
