@@ -367,8 +367,8 @@ def _tfds(config: Any, name: str, test_split: str, host: str, fit: Callable = la
 
     fit: uint8 [H, W, 3] -> image_size.
     """
-    info = tfds.info(config.dataset, name, config.dir, host)
-    train, test = (_Lazy(*tfds.read_split(info, name, config.image_size, fit)) for name in ("train", test_split))
+    builder = tfds.builder(config.dataset, name, config.dir, host)
+    train, test = (_Lazy(*tfds.read_split(builder, name, config.image_size, fit)) for name in ("train", test_split))
     return _images(config, train, test, 3)
 
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from errors import UserError
 from ode import STARTING_EVALUATIONS, adams_bashforth, rk45
 from sde_lib import SDE, ScoreFn, batch_mul
 
@@ -25,15 +24,10 @@ PerExample = Float[Array, "B"]
 def probe(key: PRNGKeyArray, shape: tuple[int, ...], kind: str) -> Array | None:
     """The v of Hutchinson's estimate tr J = E[v . J v]; None for 'exact', which needs none.
 
-    Raises UserError for a kind other than 'rademacher' (entries +1 and -1, the least variance), 'gaussian' or 'exact'.
+    kind: 'rademacher' (entries +1 and -1, the least variance), 'gaussian' or 'exact'.
     """
-    if kind.lower() == "rademacher":
-        return jax.random.rademacher(key, shape, jnp.float32)
-    if kind.lower() == "gaussian":
-        return jax.random.normal(key, shape)
-    if kind.lower() == "exact":
-        return None
-    raise UserError(f"eval.hutchinson_type={kind!r} is unknown; use rademacher, gaussian or exact")
+    draws = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
+    return None if kind.lower() == "exact" else draws[kind.lower()](key, shape, jnp.float32)
 
 
 def probes(keys: Shaped[Array, "B *key"], shape: tuple[int, ...], kind: str, count: int) -> Array | None:
@@ -41,7 +35,7 @@ def probes(keys: Shaped[Array, "B *key"], shape: tuple[int, ...], kind: str, cou
 
     Returns None if `kind` is 'exact', which needs no probe. See `probe` for the kinds.
     """
-    if count == 1 or kind.lower() == "exact":
+    if count == 1 or kind == "exact":
         return jax.vmap(lambda key: probe(key, shape, kind))(keys)
     several = jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
     return jax.vmap(jax.vmap(lambda key: probe(key, shape, kind)))(several)

@@ -16,6 +16,7 @@ import checkpoints
 import datasets
 import dequantization
 import evaluation
+import losses
 import report
 from configs.check import check_config, flatten
 from configs.resume import BY_MACHINE, check_resumed
@@ -27,7 +28,7 @@ from evaluators.inception import load_features
 from evaluators.snapshots import sample_saver
 from evaluators.units import code_digest
 from models.flowpp import create_dequantizer
-from runtime import hosts, launch, loop, losses
+from runtime import hosts, launch, loop
 from runtime.devices import all_devices, digest, on_this_host, replicate, shard
 from runtime.locks import workdir_lock
 from runtime.records import read_json, write_json

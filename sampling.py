@@ -164,13 +164,6 @@ def pc_sampler(
     return (x_mean if denoise else x), jnp.full(z.shape[0], evaluations, jnp.int32)
 
 
-def _named(config: Any, kind: str, registry: dict[str, Any]) -> Any:
-    name = config[kind].lower()
-    if name not in registry:
-        raise UserError(f"sampling.{kind}={config[kind]!r} is unknown; use one of {', '.join(registry)}")
-    return registry[name]
-
-
 def get_sampling_fn(
     sampling_config: Any,
     sde: SDE,
@@ -178,7 +171,7 @@ def get_sampling_fn(
     inverse_scaler: Callable[[Array], Array],
     axis_name: str | None = None,
 ) -> SamplingFn:
-    """The sampler that `config.sampling` asks for, of images of `shape` [H, W, C]; UserError if it is unknown.
+    """The sampler that `config.sampling` asks for, of images of `shape` [H, W, C].
 
     A sample's randomness is a function of its key alone. axis_name: of the pmap that the batch is spread over, if any.
     """
@@ -197,10 +190,7 @@ def get_sampling_fn(
 
     if method == "ode":
         return sample_ode
-    if method != "pc":
-        raise UserError(f"sampling.method={sampling_config.method!r} is unknown; use ode or pc")
-    predictor = _named(sampling_config, "predictor", PREDICTORS)
-    corrector = _named(sampling_config, "corrector", CORRECTORS)
+    predictor, corrector = PREDICTORS[sampling_config.predictor.lower()], CORRECTORS[sampling_config.corrector.lower()]
     if corrector is langevin:
         corrector = functools.partial(langevin, axis_name=axis_name)
     settings = {"snr": snr, "n_steps": n_steps, "probability_flow": flow, "denoise": denoise, "eps": eps}

@@ -33,6 +33,10 @@ def choice(*values: Any) -> Rule:
     return Rule(lambda value: value in values, f"is not supported; use one of {', '.join(map(str, values))}")
 
 
+def choice_or_nothing(*names: str) -> Rule:
+    return Rule(lambda value: value in ("", *names), f"is not supported; use {', '.join(names)} or nothing")
+
+
 def any_case(*names: str) -> Rule:
     return choice(*names)._replace(accepts=lambda value: value.lower() in names)
 
@@ -119,6 +123,7 @@ RULES: dict[str, Rule] = {
     "model.data_init": choice(False),
     "model.dtype": any_case("float32", "bfloat16"),
     "model.num_layers": at_least(1),
+    "model.parameterization": choice_or_nothing("noise", "score", "velocity"),
     "model.sigma_data": POSITIVE,
     "sampling.method": choice("ode", "pc"),
     "sampling.smallest_time": TIME,
@@ -136,7 +141,7 @@ RULES: dict[str, Rule] = {
     "eval.num_samples": at_least(0),
     "eval.num_repeats": at_least(1),
     "eval.bpd_dataset": choice("train", "test"),
-    "eval.dataset": Rule(lambda value: value in ("", "train", "test"), "is not supported; use train, test or nothing"),
+    "eval.dataset": choice_or_nothing("train", "test"),
     "eval.wait_for_checkpoints_s": at_least(0),
     "eval.num_examples": at_least(0),
     "eval.hutchinson_type": choice("rademacher", "gaussian", "exact"),
@@ -170,7 +175,9 @@ _POINTS = ("mog", "checkerboard", "swissroll")
 # The shape of another network or the constants of another process are no options: config files hold them.
 INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model.name": "mlp"}, ("model.remat", "model.dtype")),
-    ({"model.name": "ncsnpp"}, ("model.num_layers", "model.sigma_data")),
+    ({"model.name": "ncsnpp"}, ("model.num_layers",)),
+    ({"model.name": "ncsnpp", "model.parameterization": ""}, ("model.sigma_data",)),
+    *(({"model.parameterization": form}, ("model.sigma_data",)) for form in ("noise", "score")),
     *(({"data.dataset": name}, ("data.dir", "data.centered", "eval.gaussian_baseline")) for name in _POINTS),
     *(({"data.dataset": name}, ("data.dim",)) for name in (*_POINTS[1:], "DIGITS", "CIFAR10")),
     *(({"data.dataset": name}, ("data.category",)) for name in (*_POINTS, "DIGITS", "FASHION_MNIST", "CIFAR10")),

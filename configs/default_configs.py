@@ -96,7 +96,8 @@ def get_default_configs() -> ConfigDict:
     model.remat = False  # residual blocks computed again in reverse mode: less memory, more time
     model.dtype = "float32"  # float32 | bfloat16: the feature maps; parameters and losses stay float32
     model.num_layers = 3  # hidden layers of the MLP, each model.nf wide
-    model.sigma_data = 0.5  # standard deviation of the data, scales the MLP's input
+    model.parameterization = ""  # noise | score | velocity; empty: velocity of the MLP, the public code's of ncsnpp
+    model.sigma_data = 0.5  # of velocity: standard deviation of the data
 
     config.sampling = sampling = ConfigDict()
     sampling.method = "ode"  # ode | pc

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The score networks, by the name that `config.model.name` gives them.
 
-A new network is one function from config to module and one line in MODELS. The module says by its attributes
-`conditioning` and `predicts_score` how `models.score.get_score_fn` makes a score of it and, by `takes_images`, whether
-it is one of images or of points; one of both leaves that out.
+A new network is one function from config to module and one line in MODELS. The module's attributes `conditioning` and
+`parameterization` tell `models.score.get_score_fn` how to make a score of it. Its attribute `takes_images` tells
+whether it is a network of images or of points; a network of both leaves it out.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,49 +21,41 @@ from models.mlp import MLP
 from models.ncsnpp import NCSNpp
 
 
+def _plain(value: Any) -> Any:
+    """A value of the config as a module takes it: names in lower case, lists as tuples."""
+    return value.lower() if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else value
+
+
 def _ncsnpp(config: Any) -> NCSNpp:
-    model = config.model
-    for key, only in (("normalization", "GroupNorm"), ("attention_type", "ddpm"), ("data_init", False)):
-        if model[key] != only:
-            raise UserError(f"model.{key}={model[key]!r} is unknown; use {only}")
-    return NCSNpp(
-        nf=model.nf,
-        ch_mult=tuple(model.ch_mult),
-        num_res_blocks=model.num_res_blocks,
-        attn_resolutions=tuple(model.attn_resolutions),
-        conditioning="sigma" if sde_lib.from_config(config).conditions_on_sigma else "scaled_time",
-        centered=config.data.centered,
-        nonlinearity=model.nonlinearity.lower(),
-        dropout=float(model.dropout),
-        resamp_with_conv=model.resamp_with_conv,
-        conditional=model.conditional,
-        fir=model.fir,
-        fir_kernel=tuple(float(tap) for tap in model.fir_kernel),
-        skip_rescale=model.skip_rescale,
-        resblock_type=model.resblock_type.lower(),
-        progressive=model.progressive.lower(),
-        progressive_input=model.progressive_input.lower(),
-        progressive_combine=model.progressive_combine.lower(),
-        embedding_type=model.embedding_type.lower(),
-        fourier_scale=float(model.fourier_scale),
-        trainable_embedding=model.trainable_embedding,
-        init_scale=float(model.init_scale),
-        conv_size=model.conv_size,
-        scale_by_sigma=model.scale_by_sigma,
-        remat=model.remat,
-        dtype=model.dtype.lower(),
-    )
+    model, told_sigma = config.model, sde_lib.from_config(config).conditions_on_sigma
+    parameterization = model.parameterization or ("score" if told_sigma else "noise")
+    if told_sigma and model.embedding_type.lower() == "positional":
+        raise UserError(
+            "model.embedding_type='positional' embeds a time, but of this training.sde the network is told sigma; "
+            "set model.embedding_type=fourier"
+        )
+    if model.scale_by_sigma and not (told_sigma and parameterization == "score"):
+        raise UserError(
+            "model.scale_by_sigma=True divides the output by the sigma that the network is told, which makes a score, "
+            f"but with this training.sde it is to make a {parameterization} or is told the time; "
+            "set model.scale_by_sigma=False"
+        )
+    fields = {field.name: field.type for field in dataclasses.fields(NCSNpp) if field.name in model}
+    options: dict[str, Any] = {name: (float if kind is float else _plain)(model[name]) for name, kind in fields.items()}
+    options |= {"fir_kernel": tuple(map(float, model.fir_kernel)), "name": None}
+    options |= {"centered": config.data.centered, "parameterization": parameterization}
+    return NCSNpp(**options, conditioning="sigma" if told_sigma else "scaled_time")
 
 
 def _mlp(config: Any) -> MLP:
     model = config.model
     return MLP(
-        sde=sde_lib.from_config(config),
-        sigma_data=float(model.sigma_data),
         width=model.nf,
         num_layers=model.num_layers,
         activation=model.nonlinearity.lower(),
+        sigma_data=float(model.sigma_data),
         dropout=float(model.dropout),
+        parameterization=model.parameterization or "velocity",
     )
 
 

@@ -12,8 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from errors import UserError
-from models.layers import ACTIVATIONS, conv, dense, get_activation, get_timestep_embedding
+from models.layers import conv, dense, get_activation, get_timestep_embedding
 from models.layerspp import (
     AttnBlockpp,
     Combine,
@@ -25,17 +24,6 @@ from models.layerspp import (
     add_skip,
 )
 from models.normalization import normalize
-
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "nonlinearity": tuple(ACTIVATIONS),
-    "resblock_type": ("biggan", "ddpm"),
-    "progressive": ("none", "output_skip", "residual"),
-    "progressive_input": ("none", "input_skip", "residual"),
-    "progressive_combine": ("sum", "cat"),
-    "embedding_type": ("fourier", "positional"),
-    "conditioning": ("sigma", "scaled_time"),
-    "dtype": ("float32", "bfloat16"),
-}
 
 Image = Float[Array, "B H W C"]
 
@@ -51,12 +39,12 @@ def _rematted(block: type[nn.Module]) -> type[nn.Module]:
 class NCSNpp(nn.Module):
     """Score network: images [B, H, W, C] and time condition [B] -> [B, H, W, C].
 
-    The fields are the keys of `config.model` and `config.data`, but for `conditioning`, which says what the time
-    condition is: "sigma", and the output is the score; "scaled_time" (999 t), and -output / sigma is the score.
+    The fields are keys of `config.model` and `config.data`, but for `conditioning`: what the time condition is, "sigma"
+    or "scaled_time" (999 t). `models.score.get_score_fn` makes the output a score, by `parameterization`.
     `dtype` "bfloat16": feature maps and their products with weights in bfloat16. Parameters, time embedding,
     normalisations' statistics, and the convolutions that read the image or write the output stay float32: bfloat16
     pixels would be as coarse as the smallest noise. `remat`: a residual block is computed again in reverse mode.
-    Raises UserError for an unknown option, options that exclude each other, or an image size that cannot be halved.
+    `configs.check` has the values that the options may take, and the image sizes that fit `ch_mult`.
     """
 
     nf: int
@@ -64,6 +52,8 @@ class NCSNpp(nn.Module):
     num_res_blocks: int
     attn_resolutions: tuple[int, ...]
     conditioning: str
+    parameterization: str
+    sigma_data: float
     centered: bool
     nonlinearity: str
     dropout: float
@@ -87,37 +77,8 @@ class NCSNpp(nn.Module):
 
     takes_images = True
 
-    def __post_init__(self) -> None:
-        for field, allowed in OPTIONS.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                raise UserError(f"model.{field}={value!r} is unknown; use one of {', '.join(allowed)}")
-        if self.conditioning == "sigma" and self.embedding_type == "positional":
-            raise UserError(
-                "model.embedding_type='positional' embeds a time, but of this training.sde the network is told sigma; "
-                "set model.embedding_type=fourier"
-            )
-        if self.conditioning != "sigma" and self.scale_by_sigma:
-            raise UserError(
-                "model.scale_by_sigma=True divides by sigma, but of this training.sde the network is told the time; "
-                "set model.scale_by_sigma=False"
-            )
-        if self.conv_size < 1 or self.conv_size % 2 == 0:
-            raise UserError(f"model.conv_size={self.conv_size} must be odd and positive")
-        super().__post_init__()
-
-    @property
-    def predicts_score(self) -> bool:
-        """Whether the output is the score itself; otherwise it is minus sigma times the score."""
-        return self.conditioning == "sigma"
-
     @nn.compact
     def __call__(self, x: Image, time_cond: Float[Array, "B"], train: bool = False) -> Image:
-        halvings = len(self.ch_mult) - 1
-        if any(size % 2**halvings for size in x.shape[1:3]):
-            raise UserError(
-                f"data.image_size={x.shape[1]} cannot be halved {halvings} times; shorten model.ch_mult={self.ch_mult}"
-            )
         temb = self._embed(time_cond)
         h = x if self.centered else 2 * x - 1
         skips = self._encode(h, temb, train)

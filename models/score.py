@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from sde_lib import SDE, ScoreFn
+from sde_lib import SDE, ScoreFn, batch_mul
 
-# what a network is told about the time t, by its `conditioning`
+# what a network is told of the time t, by its `conditioning`
 CONDITIONS: dict[str, Callable[[SDE, Array], Array]] = {
     "time": lambda sde, t: t,
     "scaled_time": lambda sde, t: 999 * t,
     "sigma": lambda sde, t: sde.sigma(t),
+    "log_snr": lambda sde, t: sde.log_snr(t),
 }
 
 
@@ -29,21 +30,39 @@ def get_score_fn(
     train: bool = False,
     dropout_keys: Shaped[Array, "B *key"] | None = None,
 ) -> ScoreFn:
-    """The score x [B, ...], t [B] -> [B, ...] of a network with the given parameters.
+    """The score x [B, ...], t [B] -> [B, ...] of a network F with the given parameters.
 
-    `model.conditioning`, a key of CONDITIONS, says what it is told of t; `model.predicts_score`, whether its output is
-    the score or minus sigma times the score.
-    `train` switches dropout on; it needs `dropout_keys` then, one for each example. An example's masks are a function
+    `model.conditioning`, a key of CONDITIONS, says what the network is told of t, and `model.parameterization` what
+    its output stands for (in the notation of `losses`):
+
+        "score":     s = F(x, t)
+        "noise":     s = -F(x, t) / sigma
+        "velocity":  s = -x / v - alpha S F(x / sqrt(v), t) / (sigma sqrt(v)),  v = alpha^2 S^2 + sigma^2
+
+    With S = `model.sigma_data`, the standard deviation of the data, a velocity network has inputs and targets of unit
+    variance at every t, for every process; F = 0 is exact for N(0, S^2 I) (Karras et al. 2022, arXiv 2206.00364,
+    section 5, carried over to alpha != 1; for VP and S = 1 it is v-prediction). Then sigma^3 times the second
+    derivative of the score stays of order one, also for VE at sigma = 50, where x itself is of order 50.
+
+    `train` switches dropout on. It then needs `dropout_keys`, one for each example: an example's masks are a function
     of its key alone, so they do not depend on how a batch is spread over devices, and every call has the same.
     """
     variables = {"params": params, **model_state}
 
-    def score_fn(x: Float[Array, "B *shape"], t: Float[Array, "B"]) -> Float[Array, "B *shape"]:
+    def apply(x, t) -> Any:
         with nn.intercept_methods(_masks_of(dropout_keys)) if train else contextlib.nullcontext():
-            output: Any = model.apply(variables, x, CONDITIONS[model.conditioning](sde, t), train=train)
-        if model.predicts_score:
-            return output
-        return -output / sde.sigma(t).reshape(t.shape + (1,) * (x.ndim - 1))
+            return model.apply(variables, x, CONDITIONS[model.conditioning](sde, t), train=train)
+
+    def score_fn(x: Float[Array, "B *shape"], t: Float[Array, "B"]) -> Float[Array, "B *shape"]:
+        if model.parameterization == "score":
+            return apply(x, t)
+        sigma = sde.sigma(t)
+        if model.parameterization == "noise":
+            return batch_mul(-1 / sigma, apply(x, t))
+        signal = model.sigma_data * sde.alpha(t)
+        std = jnp.sqrt(jnp.square(signal) + jnp.square(sigma))
+        correction = batch_mul(signal / (sigma * std), apply(batch_mul(1 / std, x), t))
+        return -batch_mul(1 / jnp.square(std), x) - correction
 
     return score_fn
 

@@ -231,7 +231,7 @@ def _of_first_device(value: jax.Array) -> np.ndarray:
     return np.asarray(value.addressable_data(0)).reshape(-1)
 
 
-def _grouped(loader: Iterator[dict], n: int, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _grouped(loader: Any, n: int, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """n batches for one call of the step: x [local devices, n, B / devices, ...], example index [n, B].
 
     The first call has `first` batches: what a run stopped between multiples of n lacks to the next one, at which all

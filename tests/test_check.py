@@ -19,7 +19,7 @@ from configs import check
 from configs.check import INERT, RULES, check_config, flatten
 from configs.default_configs import get_default_configs
 from errors import UserError
-from models import ncsnpp
+from models import layers
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = flatten(get_default_configs())
@@ -119,8 +119,7 @@ def names_of(key):
 def test_choices_are_those_of_the_code():
     assert names_of("sampling.predictor") == set(sampling.PREDICTORS)
     assert names_of("sampling.corrector") == set(sampling.CORRECTORS)
-    for option in set(ncsnpp.OPTIONS) - {"conditioning"}:
-        assert names_of(f"model.{option}") == set(ncsnpp.OPTIONS[option])
+    assert names_of("model.nonlinearity") == set(layers.ACTIVATIONS)
     assert {"mlp", "ncsnpp"} <= set(models.MODELS)
 
 
@@ -150,6 +149,7 @@ BAD = {
     RULES["eval.ode_steps"].otherwise: (2, 0, -4, 191),
     RULES["eval.dataset"].otherwise: ("validation", "Test"),
     RULES["model.conv_size"].otherwise: (0, 2, -1),
+    RULES["model.parameterization"].otherwise: ("v", "Noise"),
     RULES["model.ch_mult"].otherwise: ((), (1, 0), (1, -2), (1.0, 2), (1, "2"), (True, 2), ((1,), 2)),
     RULES["model.attn_resolutions"].otherwise: ((0,), (-8,), (8.0,), ("8",), (True,)),
     RULES["model.fir_kernel"].otherwise: ((), (0, 0), (1, math.nan), (math.inf,), ("1",), (1, -1)),

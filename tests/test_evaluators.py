@@ -36,7 +36,7 @@ class ExactScore(nn.Module):
     """Of N(0, diag STD^2) diffused by the VP SDE to time t."""
 
     conditioning = "time"
-    predicts_score = True
+    parameterization = "score"
 
     @nn.compact
     def __call__(self, x, t, train):

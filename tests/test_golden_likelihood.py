@@ -121,7 +121,7 @@ def test_bound(name, weighting, denoising):
     @jit
     def cost(t, noise, probe):
         integrand = likelihood.bound_integrand(sde, score_fn, x, t, noise, probe, denoising=denoising)
-        return integrand * likelihood.inverse_time_density(sde, t, 1e-5, weighting)
+        return integrand * sde.inverse_time_density(t, 1e-5, weighting)
 
     draws = (recorded[f"{prefix}/{key}"] for key in ("time_samples", "noise", "epsilon"))
     integral = jnp.mean(jnp.stack([cost(*draw) for draw in zip(*draws, strict=True)]), axis=0)

@@ -107,9 +107,12 @@ def test_too_many_bad_steps_end_the_run(tmp_path, monkeypatch):
 
 def test_resume_checkpoints_by_the_clock(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(
-        checkpoints, "save", lambda directory, state, number, *rest: saved.append((Path(directory).name, number))
-    )
+
+    def save(directory, state, number, *rest):
+        saved.append((directory.name, number))
+        return directory
+
+    monkeypatch.setattr(checkpoints, "save", save)
     seldom = {"snapshot_freq": 1000, "snapshot_freq_for_preemption": 1000}
     run_lib.train(tiny_mixture(snapshot_minutes_for_preemption=0.0, **seldom), tmp_path / "a")
     assert saved == [("checkpoints", 1), ("checkpoints-meta", 8)]

@@ -341,8 +341,6 @@ def test_loss_fn_weights_and_reports_its_terms():
     weighted = run(likelihood_weighting=True)["first"]
     g_sq_over_var = 2 * np.log(5000)
     np.testing.assert_allclose(weighted, first["first"] * g_sq_over_var, rtol=1e-6)
-    with pytest.raises(UserError, match=r"training\.reduce_mean=False.*score_matching_order"):
-        run(score_matching_order=2, reduce_mean=False)
 
 
 def test_a_new_weighting_and_a_new_term_are_a_function_and_a_line(monkeypatch):
@@ -422,9 +420,6 @@ def test_optimizer_is_adam_with_warmup_and_global_clipping():
             truth[k] -= rate * m_hat / (np.sqrt(s_hat) + 1e-8)
         for k in truth:
             np.testing.assert_allclose(params[k], truth[k], rtol=1e-6)  # the learning rate is float32
-    config.optimizer = "SGD"
-    with pytest.raises(UserError, match="SGD"):
-        losses.get_optimizer(config)
 
 
 def test_step_does_not_depend_on_the_number_of_devices():

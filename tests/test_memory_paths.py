@@ -130,7 +130,7 @@ def test_both_branches_of_the_convolution_agree(monkeypatch, size, kernel, strid
 class Convolutions(nn.Module):
     """A score that is nothing but convolutions, one of them with a stride."""
 
-    conditioning, predicts_score = "time", True
+    conditioning, parameterization = "time", "score"
 
     @nn.compact
     def __call__(self, x, t, train=False):

@@ -110,21 +110,6 @@ def test_factory_samples_images_as_the_config_says():
     assert images.shape == (4, 2, 2, 3) and np.all(nfe == expected_nfe)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "euler"}, "sampling.method='euler' is unknown; use ode or pc"),
-        ({"method": "pc", "predictor": "heun"}, "sampling.predictor='heun' is unknown; use one of euler_maruyama"),
-        ({"method": "pc", "corrector": "mala"}, "sampling.corrector='mala' is unknown; use one of langevin"),
-    ],
-)
-def test_factory_refuses_what_it_does_not_have(changes, message):
-    config = get_default_configs().sampling
-    config.update(**changes)
-    with pytest.raises(UserError, match=message):
-        get_sampling_fn(config, SDES["vp"], (2, 2, 3), lambda x: x)
-
-
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve"])
 @pytest.mark.parametrize(
     ("predictor", "corrector", "flow"),

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from errors import UserError
 from models.flowpp.dequantizer import Dequantizer
 
 # Sizes and layouts of the public code, but for `small`, which is for images of 8x8 and one channel. The public
@@ -36,9 +35,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def create_dequantizer(network: str, dropout: float = 0.0) -> Dequantizer:
-    """The dequantiser called `network`, for images of any even width; UserError if there is none of that name."""
-    if network not in NETWORKS:
-        raise UserError(f"deq.network={network!r} is unknown; use one of {', '.join(NETWORKS)}")
+    """The dequantiser called `network`, a key of NETWORKS, for images of any even width."""
     return Dequantizer(**NETWORKS[network], dropout=dropout)
 
 
