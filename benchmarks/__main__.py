@@ -5,8 +5,8 @@ python -m benchmarks [--only step,memory] [--workdir runs/bench]
 
 Runs one script after the other, each printed as it starts, and trains first what they measure: two networks on the
 digits and one on Fashion-MNIST, whose data set is to be at hand (docs/data.md). What a script prints goes to
-<workdir>/<name>.txt, and its last line, one JSON object, here too. What is finished is not repeated: remove its file
-for that.
+<workdir>/<name>.txt, and its last line, one JSON object, here too. What is finished is not repeated, unless its file
+<name>.whole is removed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from errors import UserError
-from runtime.commands import run_main, run_python
+from reproduce.runner import run_unless_done
 
 NETWORKS = {  # name: config file
     "digits_ve": "configs/digits/ve_ncsnpp.py",
@@ -25,9 +25,6 @@ NETWORKS = {  # name: config file
 }
 COMMANDS = {  # name: module of this package, flags, and the network that is measured
     "step": ("step", (), None),
-    "step_flags": ("step", ("--flags",), None),
-    "step_jitted": ("step", ("--jitted=4",), None),
-    "breakdown": ("breakdown", (), None),
     "convolution": ("convolution", (), None),
     "convolution_shapes": ("convolution", ("--shapes",), None),
     "unrolled_steps": ("unrolled_steps", (), None),
@@ -39,31 +36,24 @@ COMMANDS = {  # name: module of this package, flags, and the network that is mea
     "likelihood_random": ("likelihood", ("--ends", "--repeats=1"), None),
     "precision": ("precision", (), "digits_ve"),
     "memory": ("memory", (), None),
-    "growth": ("growth", ("--out=benchmarks/growth.png",), None),
 }
 
 
 def of_network(workdir: Path, name: str) -> tuple[str, ...]:
     """The flags that name a trained network, which is trained first unless it is there."""
-    folder, config = workdir / name, NETWORKS[name]
-    mark = folder / "whole"
-    if not mark.exists():
-        run_main(workdir / f"{name}.log", f"--config={config}", f"--workdir={folder}", "--mode=train")
-        mark.touch()
-    return f"--workdir={folder}", f"--config={config}"
+    flags = f"--workdir={workdir / name}", f"--config={NETWORKS[name]}"
+    run_unless_done(workdir / name / "whole", workdir / f"{name}.log", "main.py", *flags, "--mode=train")
+    return flags
 
 
 def measure(workdir: Path, name: str) -> None:
-    """Runs a script unless its output is there, and prints what it found."""
+    """Runs a script unless it has run, and prints what it found."""
     module, flags, network = COMMANDS[name]
-    result = workdir / f"{name}.txt"
-    if not result.exists():
-        if network is not None:
-            flags = *of_network(workdir, network), *flags
-        part = result.with_suffix(".part")
-        run_python(part, "-m", f"benchmarks.{module}", "--json", *flags)
-        part.rename(result)
-    found = json.loads(result.read_text().splitlines()[-1])
+    if network is not None:
+        flags = *of_network(workdir, network), *flags
+    output = workdir / f"{name}.txt"
+    run_unless_done(output.with_suffix(".whole"), output, "-m", f"benchmarks.{module}", "--json", *flags)
+    found = json.loads(output.read_text().splitlines()[-1])
     print(f"{name}: {json.dumps(found, indent=2)}", flush=True)
 
 

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from errors import UserError
-from reproduce.experiments import experiments
 from reproduce.runner import run_all
+from reproduce.studies import experiments
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as in main.py
 

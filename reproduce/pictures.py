@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of the experiments: densities, scores and trajectories of the mixture, 2-D densities, curves, samples."""
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
+import matplotlib.image
 import numpy as np
 
 import diagnostics
@@ -17,6 +19,7 @@ import task
 from ode import rk45
 from report import fisher_curves, run_files
 from report.canvas import PALETTE, STYLE, TRUTH, panels, png
+from report.sample_grids import image_grid
 from reproduce.restored import restored
 
 ORDERS = ("order1", "order2", "order3")
@@ -26,14 +29,17 @@ EPS = 1e-5
 
 @mpl.rc_context(STYLE)
 def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, Any], out: Path) -> Iterator[Path]:
-    """Writes those that the runs there give a ground for; their paths."""
+    """Writes the pictures that the files of seed 0 allow, and yields their paths."""
     shown = {run.variant: workdir / run.folder for run in runs if run.seed == 0 and run.variant in ORDERS}
     shown = {variant: folder for variant, folder in shown.items() if (folder / "eval").exists()}
     if not shown:
         return
-    newest = {variant: run_files.newest_npz(folder / "eval", "density_*.npz") for variant, folder in shown.items()}
-    densities = {variant: found[1] for variant, found in newest.items() if found}
-    drawn = {}
+
+    def newest(name: str, eval_folder: str = "eval") -> dict[str, dict[str, np.ndarray]]:
+        found = {variant: run_files.newest_npz(folder / eval_folder, name) for variant, folder in shown.items()}
+        return {variant: of_run[1] for variant, of_run in found.items() if of_run}
+
+    densities, drawn = newest("density_*.npz"), {}
     if densities and next(iter(densities.values()))["x"].shape[1] == 1:
         models = {variant: load_model(shown[variant]) for variant in densities}
         drawn["densities"] = mixture_densities(densities, models)
@@ -41,13 +47,9 @@ def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, An
         drawn["lengths"] = by_length(result["summary"])
     elif densities:
         drawn["densities"] = maps(densities)
-    curves = {
-        v: found[1] for v, f in shown.items() if (found := run_files.newest_npz(f / "eval_fisher", "fisher_*.npz"))
-    }
-    if curves:
+    if curves := newest("fisher_*.npz", "eval_fisher"):
         drawn["fisher"] = fisher(curves)
-    samples = {v: found[1] for v, f in shown.items() if (found := run_files.newest_npz(f / "eval", "samples_*.npz"))}
-    if samples:
+    if samples := newest("samples_*.npz"):
         drawn["samples"] = grids(samples)
     for kind, figure in drawn.items():
         path = out / f"{name}_{kind}.png"
@@ -74,11 +76,10 @@ def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[
         top.set(title=LABELS[variant], xlim=(-1.3, 1.3))
         top.legend(loc="upper right")
         built, score_fn = models[variant]
-        truth = diagnostics.gaussian_mixture_score(built.sde, *mixture_of(built))
+        truth = diagnostics.gaussian_mixture_score(built.sde, *(built.dataset.mixture or ()))
         for row, sigma in ((1, 0.05), (2, 0.5)):
-            t = time_at_sigma(built.sde, sigma)
             grid = jnp.linspace(-1.5, 1.5, 601)[:, None]
-            times = jnp.full(len(grid), t)
+            times = built.sde.time_at_log_snr(jnp.full(len(grid), -2 * math.log(sigma)))
             axes[row, column].plot(grid, truth(grid, times), color=TRUTH, lw=3, alpha=0.7, label="truth")
             axes[row, column].plot(grid, score_fn(grid, times), color=color, lw=1.4, label="model")
             axes[row, column].set(ylabel=rf"score at $\sigma/\alpha$ = {sigma}" if column == 0 else "", xlabel="x")
@@ -86,26 +87,11 @@ def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[
     return figure
 
 
-def mixture_of(built: task.Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the data; ValueError of other data."""
-    if built.dataset.mixture is None:
-        raise ValueError(f"{built.dataset.name} is not a mixture of Gaussians")
-    return built.dataset.mixture
-
-
-def time_at_sigma(sde: sde_lib.SDE, noise_to_signal: float) -> float:
-    return float(sde.time_at_log_snr(jnp.asarray(-2 * math.log(noise_to_signal))))
-
-
-def scale(sde: sde_lib.SDE, t: jax.Array, data_std: float) -> jax.Array:
-    """Standard deviation of x_t."""
-    return jnp.sqrt(jnp.square(sde.alpha(t) * data_std) + jnp.square(sde.sigma(t)))
-
-
 def trajectories(models: dict[str, tuple[task.Task, Any]], paths: int = 24, knots: int = 80):
     """Over the marginals' exact density: the forward SDE; then, of each order, the ODE from data and from the prior."""
     built = next(iter(models.values()))[0]
-    sde, mixture = built.sde, mixture_of(built)
+    sde, mixture = built.sde, built.dataset.mixture
+    assert mixture is not None, "a mixture of Gaussians has one"
     data_std = float(np.sqrt(np.sum(mixture[0] * (mixture[1][:, 0] ** 2 + mixture[2][:, 0]))))
     start, end = sde.log_snr_range(EPS, jnp.float32)
     times = jnp.clip(sde.time_at_log_snr(jnp.linspace(start, end, knots)), EPS, sde.T)
@@ -125,7 +111,7 @@ def trajectories(models: dict[str, tuple[task.Task, Any]], paths: int = 24, knot
 
 def _draw_paths(ax, sde, mixture, at, times, paths, data_std, title) -> None:
     w = np.linspace(-2.5, 2.5, 200)
-    size = np.asarray(scale(sde, times, data_std))
+    size = np.hypot(sde.alpha(times) * data_std, sde.sigma(times))  # standard deviation of x_t
     ax.pcolormesh(
         at, w, marginal(sde, mixture, times, w, size), cmap="Greys", vmax=1.2, shading="nearest", rasterized=True
     )
@@ -163,13 +149,8 @@ def forward_sde(sde: sde_lib.SDE, x0: jax.Array, times: jax.Array) -> jax.Array:
 def ode_paths(sde: sde_lib.SDE, score_fn: Any, x: jax.Array, times: jax.Array) -> jax.Array:
     """x at the times [K, B, 1] along the probability flow ODE from x at the first."""
 
-    def flow(t, x):
-        return sde_lib.batch_mul(sde.drift_coefficient(t), x) - sde_lib.batch_mul(
-            0.5 * sde.diffusion_sq(t), score_fn(x, t)
-        )
-
     def interval(x, span):
-        x, _ = rk45(flow, x, *span, rtol=1e-5, atol=1e-5)
+        x, _ = rk45(lambda t, x: sde.probability_flow(x, t, score_fn(x, t)), x, *span, rtol=1e-5, atol=1e-5)
         return x, x
 
     _, rest = jax.lax.scan(interval, x, (times[:-1], times[1:]))
@@ -236,12 +217,8 @@ def grids(samples: dict[str, dict[str, np.ndarray]], side: int = 8):
     """The first samples of each order, of the same noise."""
     figure, axes = panels(1, len(samples), 3.2, 3.4)
     for ax, (variant, arrays) in zip(axes[0], samples.items(), strict=True):
-        images = np.asarray(arrays["samples"][: side * side], np.float64)
-        images = np.clip(images / (255 if images.max() > 2 else 1), 0, 1)
-        images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=0.5)
-        height, width, channels = images.shape[1:]
-        grid = images.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, -1, channels)
-        ax.imshow(grid[..., 0] if channels == 1 else grid, cmap="gray", vmin=0, vmax=1)
+        grid = mpl.image.imread(io.BytesIO(image_grid(arrays["samples"][: side * side], side)))
+        ax.imshow(grid, cmap="gray")
         ax.set(title=LABELS[variant])
         ax.set_axis_off()
     return figure

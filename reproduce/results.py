@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from report import run_files
-from reproduce.experiments import Run
+from reproduce.runner import Run
 
 # of an evaluation's report: name here -> path there
 METRICS = {

@@ -1,27 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs experiments as `main.py` commands, several at a time, and goes on where an earlier call was stopped."""
+"""Runs commands unless they are done, and lists of runs several at a time."""
 
 import concurrent.futures
+import graphlib
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from errors import UserError
-from reproduce.experiments import Run
-from runtime.commands import run_main
 
 
-def command(workdir: Path, run: Run, mode: str, *overrides: str, eval_folder: str = "eval") -> None:
-    """Runs `main.py`, its output in a file beside the run's workdir."""
-    folder = workdir / run.folder
-    flags = [f"--config={run.config}", f"--workdir={folder}", f"--mode={mode}"]
-    flags += [f"--config.{override}" for override in (f"seed={run.seed}", *run.overrides, *overrides)]
-    if mode == "eval":
-        flags.append(f"--eval_folder={eval_folder}")
-    run_main(folder.with_name(f"{folder.name}.{eval_folder if mode == 'eval' else mode}.log"), *flags)
+class Run(NamedTuple):
+    """A training and its evaluations. `overrides` are 'section.key=value' of the config."""
+
+    experiment: str
+    variant: str
+    seed: int
+    config: str  # its file
+    overrides: tuple[str, ...]
+    after: "Run | None" = None  # the run whose last checkpoint this one starts from
+    evaluations: tuple[tuple[str, tuple[str, ...]], ...] = (("eval", ()),)  # folder, overrides
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.experiment, f"{self.variant}_seed{self.seed}")
+
+
+def run_python(log: Path, *command: str) -> None:
+    """Runs `python` with the command, which is printed. Its output goes to `log`.
+
+    UserError with the last line of that output if the exit code is not 0.
+    """
+    print(" ".join(("python", *command)) + "\n", end="", flush=True)  # in one write: several threads print
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        code = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"the command ended with exit code {code} ({last}); see {log}")
+
+
+def run_unless_done(mark: Path, log: Path, *command: str) -> None:
+    """Runs `python` with the command unless the file `mark` exists, and then makes that file."""
+    if not mark.exists():
+        run_python(log, *command)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -> None:
+    """Trains and evaluates a run, except for what is done. Outputs go to files beside its folder.
+
+    Raises what the predecessor, the run that this one starts from, has raised.
+    """
+    folder, start = workdir / run.folder, ()
+    if run.after is not None:
+        if predecessor is not None:
+            predecessor.result()
+        checkpoints = workdir / run.after.folder / "checkpoints"
+        numbers = [int(path.name.rpartition("_")[2]) for path in checkpoints.glob("checkpoint_*")]
+        if not numbers:
+            raise UserError(f"{checkpoints} has no checkpoint for {run.folder}; run {run.after.experiment} first")
+        start = (f"training.init_from={checkpoints / f'checkpoint_{max(numbers)}'}",)
+
+    def command(mode: str, *overrides: str) -> list[str]:
+        keys = (f"seed={run.seed}", *run.overrides, *start, *overrides)
+        flags = (f"--config={run.config}", f"--workdir={folder}", f"--mode={mode}")
+        return ["main.py", *flags, *(f"--config.{key}" for key in keys)]
+
+    def log(name: str) -> Path:
+        return folder.with_name(f"{folder.name}.{name}.log")
+
+    marks = [folder / name / "whole" for name, _ in run.evaluations]
+    if not marks or not all(mark.exists() for mark in marks):
+        run_python(log("train"), *command("train"))
+    for (name, overrides), mark in zip(run.evaluations, marks, strict=True):
+        run_unless_done(mark, log(name), *command("eval", *overrides), f"--eval_folder={name}")
 
 
 def with_predecessors(runs: Sequence[Run]) -> list[Run]:
-    """The runs, each behind the one it starts from; of one that was not asked for there is no evaluation."""
+    """The runs, each behind the one it starts from, which is trained only if it was not asked for."""
     listed = {run.folder: run for run in runs}
     result: dict[Path, Run] = {}
 
@@ -35,47 +95,24 @@ def with_predecessors(runs: Sequence[Run]) -> list[Run]:
     return list(result.values())
 
 
-def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -> None:
-    """Trains and evaluates a run, unless its results are there. A mark says that an evaluation is whole."""
-    start = []
-    if run.after is not None:
-        if predecessor is not None:
-            predecessor.result()
-        checkpoints = workdir / run.after.folder / "checkpoints"
-        numbers = [int(path.name.rpartition("_")[2]) for path in checkpoints.glob("checkpoint_*")]
-        if not numbers:
-            raise UserError(f"{checkpoints} has no checkpoint for {run.folder}; run {run.after.experiment} first")
-        start = [f"training.init_from={checkpoints / f'checkpoint_{max(numbers)}'}"]
-    marks = [workdir / run.folder / folder / "whole" for folder, _ in run.evaluations]
-    if not marks or not all(mark.exists() for mark in marks):
-        command(workdir, run, "train", *start)
-    for (folder, overrides), mark in zip(run.evaluations, marks, strict=True):
-        if not mark.exists():
-            command(workdir, run, "eval", *start, *overrides, eval_folder=folder)
-            mark.touch()
-
-
 def run_all(workdir: Path, runs: Sequence[Run], jobs: int) -> list[str]:
-    """Runs them `jobs` at a time, each after the one it starts from; one line for each that failed, in their order."""
-    everything = with_predecessors(runs)
-    waiting = list(everything)
+    """Runs them `jobs` at a time, each after the one it starts from. Returns a line for each that failed, in order."""
+    everything = {run.folder: run for run in with_predecessors(runs)}
+    graph = graphlib.TopologicalSorter({f: [run.after.folder] if run.after else [] for f, run in everything.items()})
+    graph.prepare()
     futures: dict[Path, concurrent.futures.Future] = {}
+    finished: set[Path] = set()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        while waiting:
-            under_way = [future for future in futures.values() if not future.done()]
-            ready = [run for run in waiting if run.after is None or _is_done(futures.get(run.after.folder))]
-            for run in ready[: jobs - len(under_way)]:
-                waiting.remove(run)
-                before = None if run.after is None else futures[run.after.folder]
-                futures[run.folder] = pool.submit(do, workdir, run, before)
-                under_way.append(futures[run.folder])
-            concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
-    failures = {run.folder: futures[run.folder].exception() for run in everything}
-    unexpected = [error for error in failures.values() if error is not None and not isinstance(error, UserError)]
-    if unexpected:
-        raise unexpected[0]
-    return [f"{folder}: {error}" for folder, error in failures.items() if error is not None]
-
-
-def _is_done(future: concurrent.futures.Future | None) -> bool:
-    return future is not None and future.done()
+        while graph.is_active():
+            for folder in graph.get_ready():
+                run = everything[folder]
+                futures[folder] = pool.submit(do, workdir, run, futures[run.after.folder] if run.after else None)
+            under_way = {future: folder for folder, future in futures.items() if folder not in finished}
+            done, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+            graph.done(*(under_way[future] for future in done))
+            finished.update(under_way[future] for future in done)
+    failures = {folder: error for folder in everything if (error := futures[folder].exception()) is not None}
+    for error in failures.values():
+        if not isinstance(error, UserError):
+            raise error
+    return [f"{folder}: {error}" for folder, error in failures.items()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts of `make bench` exist and start; the one whose program no other script builds runs on a tiny network."""
+"""The scripts of `make bench` exist and start."""
 
 import importlib
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import common, step
 from errors import UserError
+from reproduce import runner
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"common", "__main__"}
@@ -31,17 +31,14 @@ def test_what_is_measured_is_kept_and_a_failure_told(tmp_path, monkeypatch, caps
         if "benchmarks.input" in command and len(calls) < 4:
             raise UserError("no data")
 
-    monkeypatch.setattr(benchmarks, "run_python", run)
-    monkeypatch.setattr(
-        benchmarks, "run_main", lambda log, *flags: ((tmp_path / "digits_ve").mkdir(), run(log, "main.py"))
-    )
+    monkeypatch.setattr(runner, "run_python", run)
     monkeypatch.setattr(sys, "argv", ["", "--only=precision,input", f"--workdir={tmp_path}"])
     with pytest.raises(SystemExit, match="error: 1 of 2 benchmarks failed"):
         benchmarks.main()
     assert "error: input: no data" in capsys.readouterr().err
     benchmarks.main()
     assert [command[:2] for command in calls] == [
-        ("main.py",),
+        ("main.py", f"--workdir={tmp_path / 'digits_ve'}"),
         ("-m", "benchmarks.precision"),
         ("-m", "benchmarks.input"),
         ("-m", "benchmarks.input"),
@@ -61,20 +58,3 @@ def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
 def test_a_script_imports_and_says_how_it_is_called(name):
     module = importlib.import_module(f"benchmarks.{name}")
     assert callable(module.main) and f"python -m benchmarks.{name} " in module.__doc__
-
-
-@pytest.mark.slow
-def test_several_steps_a_call(monkeypatch):
-    """On the CPU a step inside a scan takes about as long as outside; a factor of 10 once was between them."""
-    whole = common.ddpmpp_config
-
-    def tiny(order):
-        return whole(order, size=8, nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
-
-    monkeypatch.setattr(common, "ddpmpp_config", tiny)
-    rows = step.jitted(batch=2, count=3)
-    assert set(rows) == {f"order {n}, {k} a call" for n in (1, 2) for k in (1, 3)} | {
-        "ratio, order 1",
-        "ratio, order 2",
-    }
-    assert all(value > 0 for value in rows.values())

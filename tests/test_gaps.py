@@ -12,8 +12,8 @@ from quick import jit
 import datasets
 import diagnostics
 from errors import UserError
-from reproduce import gaps, pairs
 from reproduce.restored import restored
+from reproduce.studies import gaps, pairs
 from sde_lib import VESDE, VPSDE
 
 NOISE = (0.02, 0.2, 1.5)

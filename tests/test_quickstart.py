@@ -6,14 +6,15 @@ import re
 import sys
 from pathlib import Path
 
-from reproduce import quickstart
+from reproduce import quickstart, runner
 
 
 def test_another_number_of_steps_trains_anew(tmp_path, monkeypatch):
     calls = []
 
-    def run_main(log, *flags):
+    def run_python(log, *command):
         """A run whose result tells how long it was trained."""
+        flags = command[1:]
         calls.append(flags)
         values = dict(re.fullmatch("--(.+?)=(.+)", flag).groups() for flag in flags)
         if values["mode"] == "eval":
@@ -29,7 +30,7 @@ def test_another_number_of_steps_trains_anew(tmp_path, monkeypatch):
         quickstart.main()
         return json.loads((tmp_path / "summary.json").read_text())
 
-    monkeypatch.setattr(quickstart, "run_main", run_main)
+    monkeypatch.setattr(runner, "run_python", run_python)
     assert summary(20, 10)["mog_order3_nll"] == 1 / 20 and len(calls) == 8
     assert summary(40, 10)["mog_order3_nll"] == 1 / 40 and len(calls) == 14  # the digits are not repeated
     assert summary(40, 30)["digits_bpd"] == 34 and len(calls) == 16

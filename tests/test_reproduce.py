@@ -13,8 +13,8 @@ from configs.check import check_config
 from configs.digits import ve_ncsnpp
 from errors import UserError
 from reproduce import results, runner
-from reproduce.experiments import Run, experiments
-from reproduce.runner import do, with_predecessors
+from reproduce.runner import Run, do, with_predecessors
+from reproduce.studies import experiments
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -11,7 +11,7 @@ import pytest
 from errors import UserError
 from evaluators.context import split
 from evaluators.likelihood import log_likelihood
-from reproduce import pairs, splices
+from reproduce.studies import pairs, splices
 from runtime.devices import replicate
 
 

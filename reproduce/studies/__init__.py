@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained and evaluated: a list of runs for each experiment."""
+"""The studies of the paper's claims: a list of runs for each experiment."""
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+
+from reproduce.runner import Run
 
 ORDERS = (1, 2, 3)
 FINE_TUNE_STEPS = {
@@ -15,22 +15,6 @@ FINE_TUNE_STEPS = {
     "fashion_vp_long": 1_000,
 }
 FINE_TUNE = ("optim.lr=0.001", "optim.warmup=50")
-
-
-class Run(NamedTuple):
-    """A training and its evaluations."""
-
-    experiment: str
-    variant: str
-    seed: int
-    config: str
-    overrides: tuple[str, ...]
-    after: "Run | None" = None  # whose last checkpoint it starts from
-    evaluations: tuple[tuple[str, tuple[str, ...]], ...] = (("eval", ()),)  # folder, overrides
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.experiment, f"{self.variant}_seed{self.seed}")
 
 
 def order(n: int) -> str:

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """At which noise a model's score is not that of its ODE's density: what orders 2 and 3 are there to mend.
 
-python -m reproduce.gaps [--workdir runs/reproduce] [--only vp,ve] [--num 16] [--probes 8] [--out assets/reproduce]
+python -m reproduce.studies.gaps [--workdir W] [--only vp,ve] [--num 16] [--probes 8] [--out assets/reproduce]
 
-Takes the pairs of `reproduce.pairs`: orders 1 and 2 from the same first-order model of the digits. Half the weighted
-squared distance g² |s - s_ode|², in nats a unit of log noise, at levels of noise even in its logarithm; from
-several probes an image, so that their variance is not in it (`diagnostics.FisherCurves`). Noise is sigma / alpha in
-units of the pixels' range, to compare VE and VP. Numbers and picture go to `digits_gaps.json` and `.png`; pairs that
-were not asked for stay in them.
+Measures half the weighted squared distance g² |s - s_ode|², in nats a unit of log noise, at levels of noise even in its
+logarithm, for the pairs of `reproduce.studies.pairs`. It takes several probes an image, so that their variance is not
+in it (`diagnostics.FisherCurves`). Noise is sigma / alpha in units of the pixels' range, to compare VE and VP.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,8 @@ import evaluation
 import likelihood
 from errors import UserError
 from report.canvas import PALETTE, STYLE, panels, plus_minus, png
-from reproduce import pairs
 from reproduce.restored import restored
+from reproduce.studies import pairs
 from sde_lib import SDE
 
 NOISE = tuple(float(level) for level in np.geomspace(0.006, 2.0, 12))
@@ -70,14 +67,16 @@ def integral(curves: np.ndarray, noise: tuple[float, ...]) -> np.ndarray:
     return np.trapezoid(curves, np.log(noise), axis=1)
 
 
-def compared(first: Path, second: Path, noise: tuple[float, ...], num: int, num_probes: int) -> dict[str, Any]:
+def compared(title: str, first: Path, second: Path, num: int, num_probes: int) -> dict[str, Any]:
     """Curves and integrals of either model, and of the first's less the second's image by image; ± over images."""
-    one, two = (gaps(folder, noise, num, num_probes) for folder in (first, second))
-    result: dict[str, Any] = {"noise": list(noise), "num_probes": num_probes}
-    for name, curves in (("first", one), ("second", two), ("first minus second", one - two)):
+    one, two = (gaps(folder, NOISE, num, num_probes) for folder in (first, second))
+    result: dict[str, Any] = {"noise": list(NOISE), "num_probes": num_probes}
+    labels = {"first": "order 1", "second": "order 2", "first minus second": "order 1 minus 2"}
+    for (name, label), curves in zip(labels.items(), (one, two, one - two), strict=True):
         points = [evaluation.mean_and_stderr(column[None]) for column in curves.T]
         result[name] = {key: [point[key] for point in points] for key in ("mean", "stderr")}
-        result[name]["integral"] = evaluation.mean_and_stderr(integral(curves, noise)[None])
+        value = result[name]["integral"] = evaluation.mean_and_stderr(integral(curves, NOISE)[None])
+        print(f"{title}, {label}: {plus_minus(value['mean'], value['stderr'])} nats", flush=True)
     return result
 
 
@@ -89,16 +88,8 @@ def picture(found: dict[str, dict[str, Any]]) -> bytes:
         for order, model, line in ((1, "first", "-"), (2, "second", "--")):
             mean, error = (np.asarray(pair[model][key]) for key in ("mean", "stderr"))
             mean = np.where(mean > 0, mean, np.nan)
-            axis.errorbar(
-                pair["noise"],
-                mean,
-                error,
-                color=color,
-                ls=line,
-                lw=1.2,
-                capsize=2,
-                label=f"{pairs.PAIRS[name][2]}: order {order}",
-            )
+            label = f"{pairs.PAIRS[name][2]}: order {order}"
+            axis.errorbar(pair["noise"], mean, error, color=color, ls=line, lw=1.2, capsize=2, label=label)
     axis.set(xscale="log", yscale="log", xlabel="noise, in units of the pixels' range")
     axis.set(ylabel="½ g² |s - ∇log q|², nats / log noise")
     axis.legend(fontsize="small")
@@ -106,23 +97,8 @@ def picture(found: dict[str, dict[str, Any]]) -> bytes:
 
 
 def main() -> None:
-    parser = pairs.parser("python -m reproduce.gaps", __doc__, 16)
-    parser.add_argument("--probes", type=int, default=8, help="of an image")
-    args = parser.parse_args()
-    if args.num < 2 or args.probes < 2:
-        parser.error(f"--num {args.num} --probes {args.probes}: two at least of either")
-    found = {}
-    for name in args.only:
-        found[name] = compared(*pairs.workdirs(args.workdir, name), NOISE, args.num, args.probes)
-        for label, key in (("order 1", "first"), ("order 2", "second"), ("order 1 minus 2", "first minus second")):
-            value = found[name][key]["integral"]
-            title = pairs.PAIRS[name][2]
-            print(f"{title}, {label}: {plus_minus(value['mean'], value['stderr'])} nats", flush=True)
-    pairs.write(args.out / "digits_gaps.json", found, picture)
+    pairs.main("gaps", __doc__, {"num": 16, "probes": 8}, compared, picture)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where in time one model's likelihood is better than another's: ODEs whose score is of either, by the time.
 
-python -m reproduce.splices [--workdir runs/reproduce] [--only vp,ve] [--num 64] [--out assets/reproduce]
+python -m reproduce.studies.splices [--workdir runs/reproduce] [--only vp,ve] [--num 64] [--out assets/reproduce]
 
-Takes the runs of `python -m reproduce --only digits_study`, orders 1 and 2 from the same first-order model. For each
-time the ODE's score is of order 1 before it and of order 2 after it; bits/dim less those of order 1 alone, on the same
-test images and probes, are what order 2 costs from that time on. Numbers and picture go to `digits_splices.json` and
-`.png`; pairs that were not asked for stay in them.
+Takes the pairs of `reproduce.studies.pairs`. For each of some times the ODE's score is that of order 1 before it and
+that of order 2 after it. Its bits/dim less those of order 1 alone, on the same test images and probes, are what order 2
+costs from that time on.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,12 @@ import matplotlib as mpl
 import numpy as np
 
 import evaluation
-from errors import UserError
 from evaluators.context import split
 from evaluators.likelihood import bits_per_dim, log_likelihood
 from models.score import ScoreFn
 from report.canvas import PALETTE, STYLE, panels, plus_minus, png
-from reproduce import pairs
 from reproduce.restored import restored
+from reproduce.studies import pairs
 from runtime.devices import replicate
 from task import Task
 
@@ -97,20 +94,14 @@ def picture(found: dict[str, list[dict[str, Any]]]) -> bytes:
     return png(figure)
 
 
+def compared(title: str, first: Path, second: Path, num: int) -> list[dict[str, Any]]:
+    print(f"{title}: time, bits/dim, less order 1's", flush=True)
+    return splices(first, second, TIMES, num)
+
+
 def main() -> None:
-    parser = pairs.parser("python -m reproduce.splices", __doc__, 64)
-    args = parser.parse_args()
-    if args.num < 2:
-        parser.error(f"--num {args.num}: a standard error needs two images")
-    found = {}
-    for name in args.only:
-        print(f"{pairs.PAIRS[name][2]}: time, bits/dim, less order 1's", flush=True)
-        found[name] = splices(*pairs.workdirs(args.workdir, name), TIMES, args.num)
-    pairs.write(args.out / "digits_splices.json", found, picture)
+    pairs.main("splices", __doc__, {"num": 64}, compared, picture)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main()
