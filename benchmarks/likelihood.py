@@ -2,14 +2,13 @@
 """The ODE's likelihood: scipy's RK45 on the host over a whole batch, as the public code does it, against ours.
 
 python -m benchmarks.likelihood [--json] [--quick] [--sde vpsde|vesde]
-                                [--workdir RUN --config FILE] [--batch N] [--repeats N] [--lanes N] [--steps N]
+                                [--workdir RUN --config FILE] [--batch N] [--repeats N] [--steps N]
                                 [--no-reference | --reference FILE] [--ends]
 
 Same network, weights, images and probes on both sides, in one run, at tolerance 1e-5. Baseline: two programs a step's
 evaluation, the drift, and the divergence by reverse mode, and one step size for the batch. Then a line for each lever,
 each with those above it. Errors in bits/dim are against the same probes at 1e-7 in float64, which is most of the time
-of a run; with them the last line is RK45 at the tolerance, tighter or looser, whose error is no larger than the
-baseline's. The even grid (eval.ode_solver=adams) takes the place of RK45 and has no tolerance.
+of a run. The even grid (eval.ode_solver=adams) takes the place of RK45 and has no tolerance.
 Without --workdir: a DDPM++ (VE: NCSN++) with nf 32, ch_mult (1, 2, 2), 2 blocks and random weights of
 init_scale 1 on 16x16x3 images. That one is stiff: `--ends --repeats 1` takes three quarters of an hour on 2 cores, the
 whole several hours. Every solve is told on stderr as it ends. The last line is the ratio; with --json one object.
@@ -43,8 +42,7 @@ from models import create_model, init_params
 from models.score import get_score_fn
 
 EPS, TOLERANCE = 1e-5, 1e-5
-BASELINE, LOG_SNR = "scipy, drift and reverse mode", "log-SNR time, scaled state"
-RATIO, TRIALS = 10**0.25, 8  # of the tolerances tried for an error as large as the baseline's
+BASELINE = "scipy, drift and reverse mode"
 
 
 class Problem(NamedTuple):
@@ -101,9 +99,7 @@ def public_solver(problem: Problem, *, one_program: str | None) -> Callable[[], 
     count, dim = len(x), x[0].size
 
     def drift(x, t):
-        return sde_lib.batch_mul(sde.drift_coefficient(t), x) - sde_lib.batch_mul(
-            0.5 * sde.diffusion_sq(t), score_fn(x, t)
-        )
+        return sde.probability_flow(x, t, score_fn(x, t))
 
     def reverse(x, t):
         gradient = jax.grad(lambda x: jnp.sum(drift(x, t) * v))(x)
@@ -138,15 +134,15 @@ def device_solver(problem: Problem, **options: Any) -> Callable[..., Result]:
     """Ours in the precision of the parameters, with `steps` the one on an even grid. Takes a tolerance, void there."""
     dtype = jax.tree.leaves(problem.params)[0].dtype
     arrays = problem.params, jnp.asarray(problem.x, dtype), jnp.asarray(problem.v, dtype)
-    options = {"eps": EPS, "data_std": problem.data_std, **options}
 
     def program(params, x, v, tolerance):
         score_fn = problem.score_of(params)
         if "steps" in options:
-            logp, _, nfe, _ = likelihood.even_grid_log_likelihood(problem.sde, score_fn, x, v, **options)
+            grid = {"eps": EPS, "data_std": problem.data_std, **options}
+            logp, _, nfe, _ = likelihood.even_grid_log_likelihood(problem.sde, score_fn, x, v, **grid)
             return logp, nfe
-        options.update(rtol=tolerance, atol=tolerance)
-        logp, _, nfe = likelihood.ode_log_likelihood(problem.sde, score_fn, x, v, **options)
+        solver = {"eps": EPS, "rtol": tolerance, "atol": tolerance, **options}
+        logp, _, nfe = likelihood.ode_log_likelihood(problem.sde, score_fn, x, v, **solver)
         return logp, nfe
 
     compiled = jax.jit(program).lower(*arrays, jnp.asarray(TOLERANCE, dtype)).compile()
@@ -186,15 +182,13 @@ def bits_per_dim_error(problem: Problem, logp: np.ndarray, truth: np.ndarray) ->
     return float(np.mean(np.abs(logp - truth)) / (problem.x[0].size * math.log(2)))
 
 
-def levers(lanes: int, steps: int) -> dict[str, Callable[[Problem], Callable[..., Result]]]:
-    """What makes each solver, with the levers above it; the last is in place of RK45 and the queue."""
+def levers(steps: int) -> dict[str, Callable[[Problem], Callable[..., Result]]]:
+    """What makes each solver, with the levers above it; the last is in place of RK45."""
     return {
         BASELINE: functools.partial(public_solver, one_program=None),
         "scipy, one reverse-mode program": functools.partial(public_solver, one_program="reverse"),
         "scipy, one jvp": functools.partial(public_solver, one_program="jvp"),
         "on the device, steps per example": device_solver,
-        LOG_SNR: functools.partial(device_solver, variables="log_snr"),
-        f"queue of {lanes} lanes": functools.partial(device_solver, variables="log_snr", lanes=lanes),
         f"even grid in log-SNR, {steps} steps": functools.partial(device_solver, steps=steps),
     }
 
@@ -206,23 +200,6 @@ def timed(name: str, solve: Callable[[], Result]) -> tuple[Result, float]:
     seconds = time.perf_counter() - start
     print(f"{name}: {seconds:.2f} s, NFE {result.nfe.mean():.0f}", file=sys.stderr, flush=True)
     return result, seconds
-
-
-def with_error_of(limit: float, problem: Problem, solve: Callable[..., Result], truth: np.ndarray) -> float:
-    """The tolerance whose error is within the limit: looser than 1e-5 as long as that holds, or tighter until so."""
-
-    def holds(tolerance: float) -> bool:
-        result, _ = timed(f"log-SNR time at {tolerance:.1e}", functools.partial(solve, tolerance))
-        return bits_per_dim_error(problem, result.logp, truth) <= limit
-
-    tolerance = TOLERANCE
-    if not holds(tolerance):
-        return next(filter(holds, (tolerance / RATIO**k for k in range(1, TRIALS))), tolerance)
-    for _ in range(TRIALS):
-        if not holds(tolerance * RATIO):
-            break
-        tolerance *= RATIO
-    return tolerance
 
 
 def measure(solvers: dict[str, Callable[[], Result]], repeats: int) -> tuple[dict[str, Result], dict[str, float]]:
@@ -245,7 +222,6 @@ def main() -> None:
     parser.add_argument("--config", default="", help="the config file of that run")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--lanes", type=int, default=0, help="of the queue; 0: half the batch")
     parser.add_argument(
         "--steps", type=int, default=0, help="of the even grid (eval.ode_steps); 0: 192, with random weights 1280"
     )
@@ -264,17 +240,11 @@ def main() -> None:
         problem = trained_network(args.workdir, args.config, batch)
     else:
         problem = random_network(args.sde, batch)
-    makers = levers(args.lanes or max(1, batch // 2), args.steps or (192 if args.workdir else 1280))
+    makers = levers(args.steps or (192 if args.workdir else 1280))
     *_, even_grid = makers
     names = (BASELINE, even_grid) if args.ends else tuple(makers)
     solvers = {name: makers[name](problem) for name in names}
-    truth = None
-    if not args.no_reference:
-        truth = known_reference(problem, args.reference)
-        if LOG_SNR in solvers:
-            limit = bits_per_dim_error(problem, timed(BASELINE, solvers[BASELINE])[0].logp, truth)
-            tolerance = with_error_of(limit, problem, solvers[LOG_SNR], truth)
-            solvers[f"log-SNR time, tolerance {tolerance:.1e}"] = functools.partial(solvers[LOG_SNR], tolerance)
+    truth = None if args.no_reference else known_reference(problem, args.reference)
     results, seconds = measure(solvers, repeats)
     errors = {
         name: truth if truth is None else bits_per_dim_error(problem, r.logp, truth) for name, r in results.items()
