@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's claims on data at hand: `make reproduce`, or a part of it by name.
+"""Runs and tabulates the studies of the paper's claims: `make reproduce`, or some of them by name.
 
 python -m reproduce [--only mog_ve,digits_ve] [--fast] [--seeds 1] [--workdir runs/reproduce] [--jobs 2]
 
-Every training and evaluation is a `main.py` command, printed as it starts; `--jobs` run at a time. What is finished is
-not repeated, and a training goes on where it was. Afterwards (or alone, with `--collect`) the numbers of what is there
-go to `assets/reproduce/<experiment>.json`, beside those that it holds of other runs, and the pictures (`results.py`).
-With `--missing` only runs that it holds no numbers of are done, as on a second machine. A workdir is
-<workdir>/<experiment>/<variant>_seed<k>.
+Every training and evaluation is a `main.py` command, printed as it starts; `--jobs` run at a time. Finished commands
+are not repeated, and a training goes on where it was. Then the numbers go to `assets/reproduce/<experiment>.json`,
+beside those of other runs, with pictures. `--collect` does this alone. `--missing` runs only what that file has no
+numbers of, as on a second machine. The folder of a run is <workdir>/<experiment>/<variant>_seed<k>.
 """
 
 import argparse

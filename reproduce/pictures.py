@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of the experiments: densities, scores and trajectories of the mixture, 2-D densities, curves, samples."""
+"""Draws the studies: densities, scores and trajectories of the mixture, 2-D densities, Fisher curves, samples."""
 
 import io
 import math
@@ -58,13 +58,13 @@ def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, An
 
 
 def load_model(folder: Path) -> tuple[task.Task, Any]:
-    """The parts of a run and the score function of its newest checkpoint's EMA parameters."""
+    """The task of a run and the score function of its newest checkpoint's EMA parameters."""
     built, params, model_state = restored(folder)
     return built, jax.jit(built.score_fn(params, model_state))
 
 
 def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[str, tuple[task.Task, Any]]):
-    """Density of ODE and SDE, and the score at two noise levels, one column an order, over the truth."""
+    """Densities of ODE and SDE and the score at two noise levels, over the truth; one column for each order."""
     figure, axes = panels(3, len(densities), 4.2, 2.4, sharex="row", sharey="row")
     for column, (variant, arrays) in enumerate(densities.items()):
         x, color = arrays["x"][:, 0], PALETTE[column]
@@ -88,7 +88,7 @@ def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[
 
 
 def trajectories(models: dict[str, tuple[task.Task, Any]], paths: int = 24, knots: int = 80):
-    """Over the marginals' exact density: the forward SDE; then, of each order, the ODE from data and from the prior."""
+    """Paths over the exact marginal densities: the forward SDE, then each order's ODE from data and from the prior."""
     built = next(iter(models.values()))[0]
     sde, mixture = built.sde, built.dataset.mixture
     assert mixture is not None, "a mixture of Gaussians has one"
@@ -131,7 +131,7 @@ def marginal(sde, mixture, times, w: np.ndarray, size: np.ndarray) -> np.ndarray
 
 
 def forward_sde(sde: sde_lib.SDE, x0: jax.Array, times: jax.Array) -> jax.Array:
-    """x at the times [K, B, 1]: exact transitions of one path a row."""
+    """x at the times [K, B, 1], by exact transitions from x0 [B, 1]."""
     alpha, sigma = sde.alpha(times), sde.sigma(times)
     ratio = alpha[1:] / alpha[:-1]
     std = jnp.sqrt(jnp.maximum(sigma[1:] ** 2 - (ratio * sigma[:-1]) ** 2, 0))
@@ -198,7 +198,7 @@ def maps(densities: dict[str, dict[str, np.ndarray]]):
 
 
 def fisher(curves: dict[str, dict[str, np.ndarray]]):
-    """Model's score against that of its ODE's density, and both against the truth where it is known, by order."""
+    """Distances of the model's score from that of its ODE's density, and of both from the truth if known, by order."""
     known = "score_true" in next(iter(curves.values()))
     names = ("score_ode", "score_true", "ode_true") if known else ("score_ode", "divergence_normal")
     figure, axes = panels(1, len(names), 4.2, 3.2)
@@ -214,7 +214,7 @@ def fisher(curves: dict[str, dict[str, np.ndarray]]):
 
 
 def grids(samples: dict[str, dict[str, np.ndarray]], side: int = 8):
-    """The first samples of each order, of the same noise."""
+    """The first samples of each order, from the same noise."""
     figure, axes = panels(1, len(samples), 3.2, 3.4)
     for ax, (variant, arrays) in zip(axes[0], samples.items(), strict=True):
         grid = mpl.image.imread(io.BytesIO(image_grid(arrays["samples"][: side * side], side)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The newest model of a run."""
+"""Restores the newest model of a run."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from errors import UserError
 
 
 def restored(folder: Path) -> tuple[task.Task, Any, Any]:
-    """The parts of the run in `folder`, EMA parameters and model state of its newest checkpoint. UserError: none."""
+    """The task of the run in `folder`, and EMA parameters and model state of its newest checkpoint, or UserError."""
     path = checkpoints.find(folder / "checkpoints", 0)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json: it is not the workdir of a run of ours")

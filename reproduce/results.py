@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `python -m reproduce` found: numbers of every run, means over seeds, differences to order 1, and pictures.
+"""Tabulates the runs of a study: numbers of each, means over seeds, differences to order 1, and pictures.
 
-The standard errors of means over seeds are over seeds; those of a difference are over the seeds' differences, each
-seed's two models having the same initial weights, data order, test examples and probes. With one seed, differences of
-images are over test examples instead, paired.
+Means over seeds have standard errors over seeds. Differences are taken seed by seed, between models with the same
+initial weights, data order, test examples and probes, and have standard errors over the seeds' differences. Differences
+of images are paired over test examples as well.
 
-What `<out>/<name>.json` holds of runs that are not in the workdir stays in it: seeds may be run on several machines.
+Numbers in `<out>/<name>.json` of runs that are not in the workdir stay there, so seeds may be run on several machines.
 """
 
 import json
@@ -14,12 +14,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
+import datasets
+import evaluation
 from report import run_files
+from reproduce.pictures import pictures
 from reproduce.runner import Run
 
-# of an evaluation's report: name here -> path there
+# name of a number -> its path in an evaluation's report
 METRICS = {
     "nll": ("exact_nll",),
     "kl": ("kl",),
@@ -36,7 +40,7 @@ COMPARED = ("nll", "kl", "sde_kl", "test_nll", "bpd", "pixel_frechet")
 
 
 def collect(workdir: Path, name: str, runs: Sequence[Run], out: Path) -> Iterator[Path]:
-    """Writes `out/<name>.json` and `out/<name>_*.png` of those runs that are evaluated; their paths."""
+    """Writes `out/<name>.json` and `out/<name>_*.png` of the evaluated runs, and yields their paths."""
     new = [row for run in runs for row in rows_of(workdir, run)]
     if not new:
         return
@@ -49,13 +53,11 @@ def collect(workdir: Path, name: str, runs: Sequence[Run], out: Path) -> Iterato
         result[PAIRED] = paired
     path.write_text(json.dumps(result, indent=1) + "\n")
     yield path
-    from reproduce import pictures  # late: the numbers need no drawing
-
-    yield from pictures.pictures(workdir, name, runs, result, out)
+    yield from pictures(workdir, name, runs, result, out)
 
 
 def with_new(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Those of `new`, and those of `old` of other seeds of the same variants; in the order of `runs`."""
+    """The rows `new`, and the rows `old` of other seeds of the same variants, in the order of `runs`."""
     places = {(run.variant, run.seed): place for place, run in enumerate(runs)}
     variants = {run.variant for run in runs}
     replaced = {(row["variant"], row["seed"]) for row in new}
@@ -64,7 +66,7 @@ def with_new(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], runs:
 
 
 def missing(name: str, runs: Sequence[Run], out: Path) -> list[Run]:
-    """Those of which `<out>/<name>.json` has no numbers."""
+    """The runs of which `<out>/<name>.json` has no numbers."""
     path = out / f"{name}.json"
     rows = json.loads(path.read_text())["runs"] if path.exists() else []
     there = {(row["variant"], row["seed"]) for row in rows}
@@ -72,7 +74,7 @@ def missing(name: str, runs: Sequence[Run], out: Path) -> list[Run]:
 
 
 def rows_of(workdir: Path, run: Any) -> Iterator[dict[str, Any]]:
-    """A row for each evaluated checkpoint: variant, seed, step and the metrics."""
+    """Yields a row for each evaluated checkpoint: variant, seed, step and the metrics."""
     folder = workdir / run.folder
     for number, reports in _reports(folder).items():
         values = {name: value for name, path in METRICS.items() if (value := _first(reports, path)) is not None}
@@ -82,7 +84,7 @@ def rows_of(workdir: Path, run: Any) -> Iterator[dict[str, Any]]:
 
 
 def _reports(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """By checkpoint number, those of every evaluation folder."""
+    """The reports of every evaluation folder, by checkpoint number."""
     paths = [path for sub in ("eval", "eval_fisher") for path in run_files.numbered(folder / sub, "report_*.json")]
     numbers = sorted({run_files.number_of(path) for path in paths})
     return {n: [json.loads(path.read_text()) for path in paths if run_files.number_of(path) == n] for n in numbers}
@@ -101,16 +103,11 @@ def _first(reports: Iterable[dict[str, Any]], path: tuple[str, ...]) -> float | 
 def pixel_frechet(samples: Path, folder: Path) -> float | None:
     """Frechet distance of the pixels, in [0, 1], between samples and as many test images; None without samples.
 
-    Its features are the pixels themselves: it sees means and covariances of images, and is comparable with nothing but
-    itself at the same number of samples.
+    Its features are the pixels themselves, so it compares means and covariances of images. It is comparable with itself
+    alone, at the same number of samples.
     """
     if not samples.exists() or not (folder / "config.json").exists():
         return None
-    import ml_collections
-
-    import datasets
-    import evaluation
-
     config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
     dataset = datasets.load(config.data)
     if not dataset.is_image or dataset.shape[0] > 8:  # 256 pixels and more need more samples than there are
@@ -123,7 +120,7 @@ def pixel_frechet(samples: Path, folder: Path) -> float | None:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean, standard error and number of seeds of each metric, by variant and step."""
+    """Mean, standard error over seeds and number of seeds of each metric, by variant and step."""
     result = []
     for variant, step in dict.fromkeys((row["variant"], row["step"]) for row in rows):
         here = [row for row in rows if (row["variant"], row["step"]) == (variant, step)]
@@ -136,14 +133,14 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """stderr is None for one value."""
+    """The standard error is None for one value."""
     n = len(values)
     stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
     return {"mean": float(np.mean(values)), "stderr": stderr, "n": n}
 
 
 def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Order 1 less the others, seed by seed and at the same step, of the same family; positive: a gain."""
+    """Order 1 minus the other orders of its family, seed by seed and at the same step. A gain is positive."""
     table = {(row["variant"], row["seed"], row["step"]): row for row in rows}
     result = []
     for variant, step in dict.fromkeys((row["variant"], row["step"]) for row in rows):
@@ -167,14 +164,14 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _first_order(table: Mapping[tuple, Any], variant: str, *key: Any) -> Any:
-    """That of the same family: for order2_vp_w0.1, order1_vp_w0.1 or else order1_vp or else order1; None without."""
+    """The entry of order 1 in the variant's family: for order2_vp_w0.1 order1_vp_w0.1, else order1_vp, else order1."""
     family = variant[len("order2") :].split("_")
     names = ("order1" + "_".join(family[:n]) for n in range(len(family), 0, -1))
     return next((found for name in names if (found := table.get((name, *key))) is not None), None)
 
 
 def paired_differences(workdir: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """bpd of order 1 less that of the other orders of the same seed: mean and standard error over test examples."""
+    """bpd of order 1 minus that of other orders of the same seed: mean and standard error over test examples."""
     arrays = {
         (run.variant, run.seed): newest[1]["bpd"].mean(axis=0)
         for run in runs

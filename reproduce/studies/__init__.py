@@ -27,7 +27,7 @@ def length(n: int) -> tuple[str, ...]:
 
 
 def from_scratch(name: str, seeds: int, curves: bool) -> Iterator[Run]:
-    """Each order for the same steps from the same initial weights. curves: of the last checkpoint of seed 0."""
+    """Trains each order for the same steps from the same initial weights. curves: also Fisher curves of seed 0."""
     for seed in range(seeds):
         for n in ORDERS:
             run = Run(name, f"order{n}", seed, f"configs/reproduce/{name}.py", (order(n),))
@@ -38,7 +38,7 @@ def from_scratch(name: str, seeds: int, curves: bool) -> Iterator[Run]:
 
 
 def study(seeds: int) -> Iterator[Run]:
-    """When the higher orders pay, on the mixture under VE: weights, learning rate, input scale, starting point."""
+    """Varies what the gain on the mixture (VE) may depend on: weights, learning rate, input scale, starting point."""
     config = "configs/reproduce/mog_ve.py"
     weights = {
         "order2_w0.1": (2, "training.second_order_weight=0.1"),
@@ -66,7 +66,7 @@ def study(seeds: int) -> Iterator[Run]:
 
 
 def fine_tuned(name: str, seeds: int, curves: bool) -> Iterator[Run]:
-    """A first-order model, and from its checkpoint each order for the same further steps."""
+    """Trains a first-order model, and from its checkpoint each order for the same further steps."""
     config = f"configs/reproduce/{name}.py"
     steps = FINE_TUNE_STEPS[name]
     for seed in range(seeds):
@@ -81,7 +81,7 @@ def fine_tuned(name: str, seeds: int, curves: bool) -> Iterator[Run]:
 
 
 def digits_study(seeds: int) -> Iterator[Run]:
-    """What the gain on the digits depends on: weight of the second order, length of the fine-tuning and, VP, before."""
+    """Varies what the gain on the digits may depend on: second weight, length of the fine-tuning and of its base."""
     variants = {
         "order1": (1, 500),
         "order2_w0.1": (2, 500, "training.second_order_weight=0.1"),
@@ -116,7 +116,7 @@ def digits_study(seeds: int) -> Iterator[Run]:
 
 
 def experiments(fast: bool) -> dict[str, list[Run]]:
-    """By name, in the order in which they run. fast: the mixture with one seed, and the digits at orders 1 and 3."""
+    """The runs of each study, in their order. fast: the mixture with one seed, and the digits at orders 1 and 3."""
     if fast:
         mixture = {name: list(from_scratch(name, 1, curves=True)) for name in ("mog_ve", "mog_vp")}
         digits = [run for run in fine_tuned("digits_ve", 1, curves=False) if run.variant != "order2"]

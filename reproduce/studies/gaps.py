@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""At which noise a model's score is not that of its ODE's density: what orders 2 and 3 are there to mend.
+"""Measures at which noise a model's score differs from that of its ODE's density, which orders 2 and 3 shall mend.
 
 python -m reproduce.studies.gaps [--workdir W] [--only vp,ve] [--num 16] [--probes 8] [--out assets/reproduce]
 
@@ -30,7 +30,7 @@ NOISE = tuple(float(level) for level in np.geomspace(0.006, 2.0, 12))
 
 
 def times_of(sde: SDE, noise: tuple[float, ...], pixel_range: float) -> tuple[jax.Array, jax.Array]:
-    """The times [K] of these levels of noise, and dt / d log(noise) [K] there."""
+    """The times [K] of the levels of noise, and dt / d log(noise) [K] there."""
     level = jnp.asarray(noise, jnp.float32) * pixel_range
     times = sde.time_at_log_snr(-2 * jnp.log(level))
     slope = jax.vmap(jax.grad(lambda t: -0.5 * sde.log_snr(t)))(times)
@@ -38,10 +38,10 @@ def times_of(sde: SDE, noise: tuple[float, ...], pixel_range: float) -> tuple[ja
 
 
 def gaps(folder: Path, noise: tuple[float, ...], num: int, num_probes: int) -> np.ndarray:
-    """Half the squared distances [N, K], nats a unit of log noise, of the run's newest model on `num` test images.
+    """Half the squared distances [N, K], in nats per unit of log noise, of a run's newest model on `num` test images.
 
-    The images, their dequantisation and the probes are functions of the config's seed. UserError: the run has no
-    checkpoint, or the solver gave up on an image.
+    Images, dequantisation and probes are functions of the config's seed. Raises UserError if the run has no checkpoint
+    or the solver gave up on an image.
     """
     built, params, model_state = restored(folder)
     config = built.config
@@ -68,7 +68,7 @@ def integral(curves: np.ndarray, noise: tuple[float, ...]) -> np.ndarray:
 
 
 def compared(title: str, first: Path, second: Path, num: int, num_probes: int) -> dict[str, Any]:
-    """Curves and integrals of either model, and of the first's less the second's image by image; ± over images."""
+    """Curves and integrals of both models and of their difference, image by image; standard errors over images."""
     one, two = (gaps(folder, NOISE, num, num_probes) for folder in (first, second))
     result: dict[str, Any] = {"noise": list(NOISE), "num_probes": num_probes}
     labels = {"first": "order 1", "second": "order 2", "first minus second": "order 1 minus 2"}
@@ -82,7 +82,7 @@ def compared(title: str, first: Path, second: Path, num: int, num_probes: int) -
 
 @mpl.rc_context(STYLE)
 def picture(found: dict[str, dict[str, Any]]) -> bytes:
-    """The curves of both orders of each pair, against the noise; what is not above zero is left out."""
+    """Draws the curves of both orders of each pair against the noise. Values that are not positive are left out."""
     figure, ((axis,),) = panels(1, 1, 6.4, 3.8)
     for color, (name, pair) in zip(PALETTE, found.items(), strict=False):
         for order, model, line in ((1, "first", "-"), (2, "second", "--")):

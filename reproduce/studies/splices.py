@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in time one model's likelihood is better than another's: ODEs whose score is of either, by the time.
+"""Finds the times at which one model's likelihood is better than another's, by ODEs spliced of both scores.
 
 python -m reproduce.studies.splices [--workdir runs/reproduce] [--only vp,ve] [--num 64] [--out assets/reproduce]
 
@@ -46,10 +46,10 @@ class Spliced(Task):
 
 
 def splices(first: Path, second: Path, times: Sequence[float], num: int) -> list[dict[str, Any]]:
-    """A row for each time, the first model alone last: bits/dim on the first `num` test images, and less the first's.
+    """Bits/dim on the first `num` test images and their difference to the first model's, a row for each time.
 
-    first, second: workdirs of runs of the same network. Seed, probes and solver are the config's of the first.
-    UserError: a run has no checkpoint, or the solver gave up on an image.
+    The last row is the first model alone. first, second: workdirs of runs of one network; seed, probes and solver are
+    those of the first's config. Raises UserError if a run has no checkpoint or the solver gave up on an image.
     """
     built, *model = restored(first)
     _, *other = restored(second)
@@ -80,7 +80,7 @@ def splices(first: Path, second: Path, times: Sequence[float], num: int) -> list
 
 @mpl.rc_context(STYLE)
 def picture(found: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Differences against the time; t = 0, the second model alone, at the left end."""
+    """Draws the differences against the time. The second model alone, t = 0, stands at the left end."""
     figure, ((axis,),) = panels(1, 1, 6.4, 3.6)
     for color, (name, rows) in zip(PALETTE, found.items(), strict=False):
         rows = [row for row in rows if row["time"] is not None]
