@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The published archives of CIFAR-10 and ImageNet32, read as they are, in their own order."""
 
+import functools
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +67,23 @@ def imagenet(folder: Path, size: int) -> Splits | None:
         ) from error
 
 
-def _npz_files(folder: Path, archives: list[str], prefix: str) -> list[Any]:
-    """What `np.load` takes, in the order of the numbers in the names: files of the folder or of its archives."""
-    found: dict[str, Any] = {path.name: path for path in folder.glob(f"{prefix}*.npz")}
+def _npz_files(folder: Path, archives: list[str], prefix: str) -> list[Callable[[], Any]]:
+    """Functions that open the files of the folder, or else of its archives, in the order of the numbers in the names."""
+    found: dict[str, Callable[[], Any]] = {
+        path.name: functools.partial(path.open, "rb") for path in folder.glob(f"{prefix}*.npz")
+    }
     if not found:
         for archive in [path for pattern in archives for path in sorted(folder.glob(pattern))]:
             content = zipfile.ZipFile(archive)
-            found |= {Path(name).name: content.open(name) for name in content.namelist() if prefix in name}
+            names = [name for name in content.namelist() if prefix in name]
+            found |= {Path(name).name: functools.partial(content.open, name) for name in names}
     return [found[name] for name in sorted(found, key=lambda name: (len(name), name))]
 
 
-def _joined(files: list[Any], size: int) -> Images:
+def _joined(files: list[Callable[[], Any]], size: int) -> Images:
     batches = []
-    for file in files:
-        with np.load(file) as arrays:
+    for open_file in files:
+        with open_file() as file, np.load(file) as arrays:  # np.load leaves a damaged file open
             batches.append(_channels_last(np.asarray(arrays["data"], np.uint8), size))
     return np.concatenate(batches)
 
