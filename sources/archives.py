@@ -68,7 +68,7 @@ def imagenet(folder: Path, size: int) -> Splits | None:
 
 
 def _npz_files(folder: Path, archives: list[str], prefix: str) -> list[Callable[[], Any]]:
-    """Functions that open the files of the folder, or else of its archives, in the order of the numbers in the names."""
+    """Functions that open the files of the folder, or of its archives, in the order of the numbers in their names."""
     found: dict[str, Callable[[], Any]] = {
         path.name: functools.partial(path.open, "rb") for path in folder.glob(f"{prefix}*.npz")
     }
