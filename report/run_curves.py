@@ -28,8 +28,6 @@ ORDERS = ("first", "second", "third")
 # The keys of eval/report_<ckpt>.json that are drawn over the checkpoints.
 LIKELIHOODS = {"bpd": "ODE", "nll": "ODE", "bound": "bound by the SDE"}
 
-# ---- pictures of one run
-
 
 def pictures(run: RunFiles) -> Iterator[Picture]:
     """Yields the pictures for which the run has files."""
@@ -190,9 +188,6 @@ def by_checkpoint(runs: Mapping[str, RunFiles], name: str) -> Iterator[Picture]:
     ax.legend()
     caption = f"By checkpoint, in {unit}; bars: ± one standard error over examples. From eval/report_*.json."
     yield Picture(name, png(figure), caption, "Likelihood by checkpoint")
-
-
-# ---- pictures of several runs
 
 
 def comparisons(runs: Mapping[str, RunFiles]) -> Iterator[Picture]:
