@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs commands for the scripts that are made of such: `quickstart.py`, `python -m reproduce`, `-m benchmarks`."""
+"""Runs the commands of `python -m reproduce`, `-m reproduce.quickstart` and `-m benchmarks`."""
 
 import subprocess
 import sys
@@ -9,14 +9,14 @@ from errors import UserError
 
 
 def run_main(log: Path, *flags: str) -> None:
-    """`run_python` of `main.py` with the flags."""
+    """Runs `main.py` with the flags, as `run_python` does."""
     run_python(log, "main.py", *flags)
 
 
 def run_python(log: Path, *command: str) -> None:
-    """`python` with the command, printed as it starts; its output goes to `log`.
+    """Runs `python` with the command, which it prints first. The output goes to `log`.
 
-    UserError with the last line of that output if it ends with another exit code than 0.
+    Raises UserError with the last line of that output if the exit code is not 0.
     """
     print(" ".join(("python", *command)) + "\n", end="", flush=True)  # in one write: several threads print
     log.parent.mkdir(parents=True, exist_ok=True)
