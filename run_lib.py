@@ -43,13 +43,9 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
     task = build(config)
     with workdir_lock(workdir):
         training, state = config.training, task.init_state()
-        resumed = _resume(config, workdir, state)
-        if resumed is None:
-            state, parent = _init_from(training, state)
-            resumed = state, {"parent": parent}
+        state, record = _resume(config, workdir, state) or _init_from(training, state)
         loss_fn = losses.get_loss_fn(training, task.sde, task.score_fn)
         test_loss_fn = losses.get_loss_fn(training, task.sde, lambda p, s, _: task.score_fn(p, s))  # without dropout
-        state, record = resumed
         job = loop.Job(
             task=task,
             what=f"{config.model.name}, order {training.score_matching_order}",
@@ -142,28 +138,28 @@ def _resume(
     return checkpoints.into(target, restored.state, path), restored.record
 
 
-def _init_from(training: Config, state: losses.TrainState) -> tuple[losses.TrainState, str]:
-    """A fresh state with the parameters and EMA of the checkpoint `training.init_from`, and the digest of its state.
+def _init_from(training: Config, state: losses.TrainState) -> tuple[losses.TrainState, dict]:
+    """A fresh state with the parameters and EMA of the checkpoint `training.init_from`, and a record with its digest.
 
-    Without such a checkpoint it returns `state` and ''. With `training.init_optimizer` the step, Adam's moments, its
-    count and the warm-up's go on from there as well. The digest is folded into the key, so that no noise of the run
+    Without such a checkpoint it returns `state` and {}. With `training.init_optimizer` the step, Adam's moments,
+    its count and the warm-up's go on from there as well. The digest is folded into the key, so that no noise of the run
     that made the checkpoint comes again. Runs of any order that start from one checkpoint have the same noise.
     """
     path = training.init_from
     if not path:
-        return state, ""
+        return state, {}
     source = checkpoints.into(state, checkpoints.restore(path, state).state, path)
     logging.info("starting from the parameters of %s, step %d", path, int(source.step))
     parent = digest(source)
     key = np.asarray(jax.random.fold_in(state.key, int(parent[:8], 16)))
     if not training.init_optimizer:
-        return source.replace(step=state.step, opt_state=state.opt_state, key=key), parent
+        return source.replace(step=state.step, opt_state=state.opt_state, key=key), {"parent": parent}
     if int(source.step) >= training.n_iters:
         raise UserError(
             f"training.init_optimizer=True goes on from step {int(source.step)} of {path}: "
             f"training.n_iters={training.n_iters} must be above it"
         )
-    return source.replace(key=key), parent
+    return source.replace(key=key), {"parent": parent}
 
 
 def _dequantizer_loss(task: Task, model) -> Callable[..., losses.LossFn]:

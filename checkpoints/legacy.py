@@ -156,11 +156,7 @@ def _train_state(tree: Any) -> dict[str, Any]:
         "step": _number(step, "step", np.int32),
         "params": trees["params"],
         "ema_params": trees["ema_params"],
-        "opt_state": {
-            "count": _number(count, "optimizer/state/step", np.int32),
-            "mu": trees["mu"],
-            "nu": trees["nu"],
-        },
+        "opt_state": {"count": _number(count, "optimizer/state/step", np.int32), "mu": trees["mu"], "nu": trees["nu"]},
         "model_state": flax.traverse_util.unflatten_dict(model_state),
         "key": rng,
         "lr": _number(lr, "lr", np.float32),

@@ -69,16 +69,16 @@ def number_of_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
 
 
-def check_same(what: str, digest: str) -> None:
-    """Raises UserError, on every host, if they do not all have the same digest of `what` they must have in common."""
+def check_same(facts: str) -> None:
+    """Raises UserError, on every host, if the `facts` of all hosts (config, digest of the parameters) are not equal."""
     if jax.process_count() == 1:
         return
-    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(digest.encode()).digest(), np.uint8))
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(facts.encode()).digest(), np.uint8))
     others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
     if others:
         raise UserError(
-            f"process {', '.join(map(str, others))} of this run has {what} other than the first's; start all with the "
-            "same command, config and --workdir, which all must see"
+            f"process {', '.join(map(str, others))} of this run has config or parameters other than the first's; "
+            "start all with the same command, config and --workdir, which all must see"
         )
 
 

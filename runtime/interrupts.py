@@ -2,6 +2,7 @@
 """Signals that ask a run to stop, and the agreement of all hosts on the step after which they stop."""
 
 import collections
+import contextlib
 import signal
 from types import FrameType
 
@@ -26,10 +27,8 @@ class StopRequest:
         self._sum = jax.pmap(lambda flag: jax.lax.psum(flag, "hosts"), axis_name="hosts")
 
     def __enter__(self):
-        try:
+        with contextlib.suppress(ValueError):  # this is not the main thread, which alone gets signals
             self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread, which alone gets signals
-            self._previous = {}
         return self
 
     def __exit__(self, *_):
@@ -38,8 +37,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self.__exit__()
 
     def agreed(self, due: bool) -> tuple[bool, bool]:
         """Whether to stop, and whether to save, after this step. All hosts call it once after each step.

@@ -80,7 +80,7 @@ def run(job: Job) -> losses.TrainState:
 def check_hosts(config: Config, digest_of_arrays: str) -> None:
     """Raises UserError, on every host, if they do not all have one config and the same arrays."""
     common = {key: value for key, value in flatten(config).items() if key not in BY_MACHINE}
-    hosts.check_same("config or parameters", f"{common} {digest_of_arrays}")
+    hosts.check_same(f"{common} {digest_of_arrays}")
 
 
 def compiled(p_step: Any, *args: Any) -> Any:
@@ -150,7 +150,7 @@ class _Loop:
             stopping = stopping and not final
             if self.step % training.snapshot_freq_for_preemption == 0 or final or due or stopping:
                 path = self._save("checkpoints-meta", self.step, keep=2)
-                clock.saved()
+                clock.saved = time.monotonic()
             if stopping:
                 logging.info("stopped by %s after step %d; run again to go on from %s", stop.signal, self.step, path)
                 break
@@ -280,7 +280,7 @@ class _Clock:
     """Times this launch from its first step on; compilation is over by then."""
 
     def __init__(self, step: int):
-        self._start = self._time = self._saved = time.monotonic()
+        self._start = self._time = self.saved = time.monotonic()
         self._first_step = self._step = step
 
     def speed(self, step: int) -> float:
@@ -296,10 +296,7 @@ class _Clock:
         return datetime.timedelta(seconds=round((n_iters - step) * seconds))
 
     def minutes_since_save(self) -> float:
-        return (time.monotonic() - self._saved) / 60
-
-    def saved(self) -> None:
-        self._saved = time.monotonic()
+        return (time.monotonic() - self.saved) / 60
 
 
 def _grouped(loader: Any, n: int, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
