@@ -14,7 +14,7 @@ import datasets
 import losses
 import models
 import sde_lib
-from configs.check import check_config
+from configs.check import check_config, flatten
 from errors import UserError
 from models import flowpp
 from models.score import get_score_fn
@@ -82,9 +82,9 @@ def build(config: Config) -> Task:
     """Checks the config and makes the task. Raises UserError if the config or the data are at fault."""
     check_config(config)
     devices = jax.device_count()
-    for section in ("training", "eval"):
-        if (size := config[section].batch_size) % devices:
-            raise UserError(f"{section}.batch_size={size} is not divisible by the {devices} devices of this run")
+    for key in ("training.batch_size", "eval.batch_size"):
+        if (size := flatten(config)[key]) % devices:
+            raise UserError(f"{key}={size} is not divisible by the {devices} devices of this run")
     size, count = config.training.batch_size, config.training.num_microbatches
     if size // devices % count:
         raise UserError(
