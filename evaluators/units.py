@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units of work of an evaluation: each is computed once, by one of the hosts, and written at once or not at all."""
+"""Units of work of an evaluation. Each is computed once, by one of the hosts, and written whole or not at all."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from errors import UserError
 from runtime.records import write_npz
 
-# What a unit's numbers are made by: modules and folders of the project.
+# The modules and folders of the project whose code makes a unit's numbers.
 _CODE = (
     *("datasets", "dequantization", "diagnostics", "evaluation", "likelihood", "losses", "ode", "sampling", "sde_lib"),
     *("task", "evaluators", "models", "sources"),
@@ -24,7 +24,7 @@ _CODE = (
 
 
 def code_digest() -> str:
-    """Of the sources that a unit's numbers depend on: units that other code made are not read back."""
+    """A hash of the sources that a unit's numbers depend on, so that units of other code are not read back."""
     root, sha = Path(__file__).parent.parent, hashlib.sha256()
     files = [path for name in _CODE for path in (root / f"{name}.py", *(root / name).rglob("*.py")) if path.is_file()]
     for path in sorted(files):
@@ -33,7 +33,7 @@ def code_digest() -> str:
 
 
 class Rows(Sequence[dict[str, np.ndarray]]):
-    """Finished units, each read from disk when asked for, so that no more than one is in memory at a time."""
+    """Finished units. Each is read from disk when it is asked for, so only one is in memory at a time."""
 
     def __init__(self, read: Callable[[int], dict[str, np.ndarray] | None], count: int):
         self._read, self._count = read, count
@@ -50,7 +50,7 @@ class Rows(Sequence[dict[str, np.ndarray]]):
 
 
 class Units:
-    """The units 0, 1, ... of one kind of work, a file each under `root/<name>_<digest of settings>`.
+    """The units 0, 1, ... of one kind of work, a file each in `root/<name>_<digest of settings>`.
 
     Other settings have another folder, so a result is never read back under settings that did not make it.
     """
@@ -61,10 +61,10 @@ class Units:
         self._name = name
 
     def run(self, count: int, compute: Callable[[int], dict[str, np.ndarray]], label: str = "") -> "Rows":
-        """What `compute(k)` gives for k = 0 .. count - 1, each computed and written unless it is on disk.
+        """Computes and writes `compute(k)` for each k = 0 .. count - 1 that is not on disk yet, and returns all.
 
-        Unit k falls to process k mod the number of processes; all return all units. UserError if one that another
-        process did is not to be seen: the hosts must share the folder.
+        Process p of n computes the units p, p + n, ... UserError if a unit of another process cannot be seen, because
+        the hosts must share the folder.
         """
         mine = range(jax.process_index(), count, jax.process_count())
         todo = [k for k in mine if self._read(k) is None]
@@ -86,7 +86,7 @@ class Units:
         return self._folder / f"{k:06d}.npz"
 
     def _read(self, k: int) -> dict[str, np.ndarray] | None:
-        """None if it is not there or damaged, as by a disk that filled up under the rename."""
+        """Returns None if the file is missing or damaged, e.g. by a disk that filled up under the rename."""
         path = self._path(k)
         if not path.exists():
             return None
