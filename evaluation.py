@@ -81,8 +81,6 @@ def gaussian_bits_per_dim(
 # TensorFlow is imported late, because training needs none of what follows.
 UNKNOWN = "unknown (public layout)"  # the features in a statistics file of the public code
 
-FeatureFn = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Features:
@@ -93,7 +91,7 @@ class Features:
     comparable: whether results compare with published ones, as far as can be known; note: why.
     """
 
-    fn: FeatureFn
+    fn: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
     name: str
     hash: str
     resize: str

@@ -47,8 +47,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             bound = bound_fn(context.params, context.model_state, x, index, np.full_like(index, repeat))
             return {"bound": bound - log_q}
 
-        units = context.units("bound", {**examples.settings, **settings})
-        arrays = {"bound": examples.stacked(units.run(examples.num_units, unit, f"bound, {split_of} split"), "bound")}
+        arrays = examples.run(context, "bound", settings, unit)
         if is_image:
             arrays["bpd"] = bits_per_dim(task, arrays["bound"])
         context.write(name, **arrays)

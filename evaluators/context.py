@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import datasets
-from evaluators.units import Rows, Units
+from evaluators.units import Units
 from runtime.devices import shard
 from runtime.records import write_npz, write_npz_rows
 from task import Task
@@ -113,9 +113,14 @@ class Split(NamedTuple):
         x = datasets.eval_batch(dataset, config.data, self.name, index, seed=config.seed, repeat=repeat, **options)
         return repeat, x, index.astype(np.int32)
 
-    def stacked(self, rows: Rows, key: str) -> np.ndarray:
-        """The units' arrays [b] as one, [repeats, count]."""
-        return np.concatenate([row[key] for row in rows]).reshape(self.repeats, self.count)
+    def run(
+        self, context: Context, kind: str, settings: dict[str, Any], unit: Callable[[int], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Runs `unit(k) -> {name: [b, ...]}` as units of work and returns {name: [repeats, count, ...]}."""
+        units = context.units(kind, {**self.settings, **settings})
+        rows = units.run(self.num_units, unit, f"{kind}, {self.name} split")
+        arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        return {name: array.reshape(self.repeats, self.count, *array.shape[1:]) for name, array in arrays.items()}
 
 
 def split_name(config: Any) -> str:

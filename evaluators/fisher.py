@@ -39,13 +39,12 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             _, x, index = examples.batch(k)
             return curves_fn(context.params, context.model_state, x, index)
 
-        settings = {**examples.settings, **settings_of(config, *_SETTINGS)}
-        rows = context.units("fisher", settings).run(examples.num_units, unit, "score diagnostics")
+        curves = examples.run(context, "fisher", settings_of(config, *_SETTINGS), unit)
         arrays: dict[str, np.ndarray] = {"times": times}
         summary: dict[str, Any] = {"num_examples": examples.count}
         num_failed = 0
-        for name in rows[0]:
-            values = np.concatenate([row[name] for row in rows]).astype(np.float64)  # [N, K]
+        for name, curve in curves.items():
+            values = curve[0].astype(np.float64)  # [N, K]
             kept = values[np.isfinite(values).all(axis=1)]
             num_failed = max(num_failed, len(values) - len(kept))
             arrays[name] = kept.mean(axis=0)

@@ -28,9 +28,9 @@ def load_features(path: str = "") -> Features:
     """Loads TF-Hub's `tfgan/eval/inception/1` or, if path is given, the SavedModel in that folder.
 
     Images go in as (u - 127.5) / 127.5, float32 in [-1, 1], one channel as three equal ones. They keep their size, and
-    the TF-Hub network resizes them itself. If a SavedModel takes one size only, they are resized to it as tensorflow-gan
-    once did, by TensorFlow 1's bilinear (pixel i is read at i * in / out; no antialiasing). TensorFlow runs on a GPU if
-    it finds one, and takes as much of its memory as it needs.
+    the TF-Hub network resizes them itself. If a SavedModel takes one size only, images are resized to it by TensorFlow
+    1's bilinear (pixel i is read at i * in / out; no antialiasing), as tensorflow-gan once did. TensorFlow runs on a
+    GPU if it finds one, and takes as much of its memory as it needs.
 
     Nothing proves a folder to be TF-Hub's network, so `comparable` is False for it. `hash` is there to compare.
     UserError: TF-Hub out of reach (within seconds), no SavedModel, no outputs pool_3 and logits.
@@ -64,7 +64,7 @@ def load_features(path: str = "") -> Features:
         note = f"not {note}: pool_3 and logits have {pool_dim} and {logits_dim} numbers"
     elif path:
         note = f"{note} only if this folder is {TFHUB_HANDLE}"
-    comparable = note == "comparable with published results"
+    comparable = not path and (pool_dim, logits_dim) == (POOL_DIM, LOGITS_DIM)
     return Features(fn, path or TFHUB_HANDLE, _hash_of_model(folder), resize, comparable, note)
 
 

@@ -93,9 +93,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             row = log_likelihood_fn(context.params, context.model_state, x, index, repeat)
             return row | {"logp": row["logp"] - log_q}
 
-        units = context.units("likelihood", {**examples.settings, **settings})
-        rows = units.run(examples.num_units, unit, f"likelihood, {name} split")
-        arrays = {key: examples.stacked(rows, key) for key in rows[0]}
+        arrays = examples.run(context, "likelihood", settings, unit)
         logp, nfe = arrays["logp"], arrays["nfe"]
         if is_image:
             arrays["bpd"] = bits_per_dim(task, logp)

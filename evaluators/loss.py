@@ -37,9 +37,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             _, x, index = examples.batch(k, dequantize=config.data.uniform_dequantization)
             return terms_fn(context.params, context.model_state, x, index)
 
-        settings = {**examples.settings, **settings_except(config.training, *CANNOT_MATTER)}
-        rows = context.units("loss", settings).run(examples.num_units, unit, "loss, test split")
-        terms = {name: examples.stacked(rows, name) for name in rows[0]}
+        terms = examples.run(context, "loss", settings_except(config.training, *CANNOT_MATTER), unit)
         context.write("loss", **terms)
         return {"loss": {name: evaluation.mean_and_stderr(values) for name, values in terms.items()}}
 

@@ -63,9 +63,11 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     config, is_image = task.config.eval, task.dataset.is_image
     size, count = min(config.batch_size, round_up(config.num_samples)), config.num_samples
     draw = sampler(task)
-    name = _name(task.config.sampling)
-    method = task.config.sampling.method.lower()
-    settings = settings_except(task.config.sampling, *CANNOT_MATTER[method])
+    sampling_config = task.config.sampling
+    method = sampling_config.method.lower()
+    pair = f"({sampling_config.predictor} and {sampling_config.corrector})"
+    name = "ode" if method == "ode" else f"pc {pair}"
+    settings = settings_except(sampling_config, *CANNOT_MATTER[method])
     metrics = _metrics(task) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
 
     def evaluate(context: Context) -> dict[str, Any]:
@@ -101,12 +103,6 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
         return result
 
     return evaluate
-
-
-def _name(sampling_config: Any) -> str:
-    """'ode', or 'pc (<predictor> and <corrector>)', for a table."""
-    pc = f"pc ({sampling_config.predictor} and {sampling_config.corrector})"
-    return "ode" if sampling_config.method.lower() == "ode" else pc
 
 
 def _metrics(task: Task):

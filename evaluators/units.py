@@ -32,11 +32,17 @@ def code_digest() -> str:
     return sha.hexdigest()[:12]
 
 
-class Rows(Sequence[dict[str, np.ndarray]]):
-    """Finished units. Each is read from disk when it is asked for, so only one is in memory at a time."""
+class Units(Sequence[dict[str, np.ndarray]]):
+    """The units 0, 1, ... of one kind of work, a file each in `root/<name>_<digest of settings>`.
 
-    def __init__(self, read: Callable[[int], dict[str, np.ndarray] | None], count: int):
-        self._read, self._count = read, count
+    Other settings have another folder, so a result is never read back under settings that did not make it. After `run`
+    the units are a sequence. Each is read from disk when it is asked for, so only one is in memory at a time.
+    """
+
+    def __init__(self, root: Path, name: str, settings: dict[str, Any]):
+        text = json.dumps(settings, sort_keys=True, default=str)
+        self._folder = root / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self._name, self._count = name, 0
 
     def __len__(self) -> int:
         return self._count
@@ -48,20 +54,8 @@ class Rows(Sequence[dict[str, np.ndarray]]):
             raise UserError(f"unit {k} of this evaluation was damaged meanwhile; run it again, it goes on from there")
         return row
 
-
-class Units:
-    """The units 0, 1, ... of one kind of work, a file each in `root/<name>_<digest of settings>`.
-
-    Other settings have another folder, so a result is never read back under settings that did not make it.
-    """
-
-    def __init__(self, root: Path, name: str, settings: dict[str, Any]):
-        text = json.dumps(settings, sort_keys=True, default=str)
-        self._folder = root / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        self._name = name
-
-    def run(self, count: int, compute: Callable[[int], dict[str, np.ndarray]], label: str = "") -> "Rows":
-        """Computes and writes `compute(k)` for each k = 0 .. count - 1 that is not on disk yet, and returns all.
+    def run(self, count: int, compute: Callable[[int], dict[str, np.ndarray]], label: str = "") -> "Units":
+        """Computes and writes `compute(k)` for each k = 0 .. count - 1 that is not on disk yet, and returns itself.
 
         Process p of n computes the units p, p + n, ... UserError if a unit of another process cannot be seen, because
         the hosts must share the folder.
@@ -80,7 +74,8 @@ class Units:
         for k in range(count):
             if not self._path(k).exists():
                 raise UserError(f"{self._path(k)} is missing: --workdir must be a folder that all hosts share")
-        return Rows(self._read, count)
+        self._count = count
+        return self
 
     def _path(self, k: int) -> Path:
         return self._folder / f"{k:06d}.npz"
