@@ -65,8 +65,8 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     draw = sampler(task)
     sampling_config = task.config.sampling
     method = sampling_config.method.lower()
-    pair = f"({sampling_config.predictor} and {sampling_config.corrector})"
-    name = "ode" if method == "ode" else f"pc {pair}"
+    pc = f"pc ({sampling_config.predictor} and {sampling_config.corrector})"
+    name = "ode" if method == "ode" else pc
     settings = settings_except(sampling_config, *CANNOT_MATTER[method])
     metrics = _metrics(task) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
 
@@ -82,8 +82,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             x = np.round(np.clip(x[whole], 0, 1) * 255).astype(np.uint8) if is_image else x[whole]
             return {"samples": x, "nfe": nfe, "whole": whole}
 
-        units = context.units("samples", {"size": size, **settings})
-        rows = units.run(math.ceil(count / size), unit, "sampling")
+        rows = context.run("samples", {"size": size, **settings}, math.ceil(count / size), unit, "sampling")
 
         def samples(k: int) -> np.ndarray:
             """Unit k's; the last one may hold more than were asked for."""
@@ -116,8 +115,7 @@ def _metrics(task: Task):
             pool_3, logits = features.fn(samples(k), config.inception_batch_size)
             return {"pool_3": pool_3, "logits": logits}
 
-        units = context.units("features", {**facts, "features": features.hash})
-        rows = units.run(num_units, unit, "features of the samples")
+        rows = context.run("features", {**facts, "features": features.hash}, num_units, unit, "features of the samples")
         pool_3, logits = (np.concatenate([row[key] for row in rows]) for key in ("pool_3", "logits"))
         return evaluation.sample_metrics(features, statistics, pool_3, logits, config)
 
