@@ -32,7 +32,7 @@ class Context(NamedTuple):
         return units.run(count, unit, label)
 
     def file(self, name: str, suffix: str = "npz") -> Path:
-        """<name>_<checkpoint>.<suffix>"""
+        """The path of <name>_<checkpoint>.<suffix>, for a result."""
         return self.out / f"{name}_{self.number}.{suffix}"
 
     def write(self, name: str, **arrays: np.ndarray) -> None:

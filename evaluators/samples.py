@@ -35,7 +35,7 @@ FAILURE = {
 def sampler(task: Task, devices: list | None = None):
     """(params, model_state, keys [b, ...]) -> samples [b, ...], evaluations of the score [b], all of this host.
 
-    devices: draw together; those of this host if not given. If they are of several hosts, each host gives its own keys.
+    devices: those that draw together, by default this host's. If they are several hosts', each host gives its own keys.
     A sample is a function of its key (with Langevin's corrector: of all keys), not of the number of devices.
     """
     config, shape = task.config.sampling, task.dataset.shape
@@ -55,7 +55,7 @@ def sampler(task: Task, devices: list | None = None):
 
 
 def is_whole(samples: np.ndarray) -> np.ndarray:
-    """Whether the sampler did not give up on a sample, [b]."""
+    """Whether each sample [b] is finite, so that the sampler did not give up on it."""
     return np.all(np.isfinite(samples.reshape(len(samples), -1)), axis=1)
 
 
@@ -85,7 +85,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
         rows = context.run("samples", {"size": size, **settings}, math.ceil(count / size), unit, "sampling")
 
         def samples(k: int) -> np.ndarray:
-            """Unit k's; the last one may hold more than were asked for."""
+            """The samples of unit k. The last unit may have drawn more than were asked for, which are left out."""
             row = rows[k]
             return row["samples"][: np.sum(row["whole"][: count - k * size])]
 
