@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics: means with standard errors, IS, FID and KID; and statistics files, a data set's features."""
 
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -82,8 +81,7 @@ def gaussian_bits_per_dim(
 UNKNOWN = "unknown (public layout)"  # the features in a statistics file of the public code
 
 
-@dataclasses.dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """A network that computes features, and what a result must say about it.
 
     fn: (images uint8 [N, H, W, 1 or 3], batch size) -> pool_3 float32 [N, d], logits float32 [N, k].
@@ -242,7 +240,7 @@ def sample_metrics(
         "fid": frechet_distance(statistics.pool_3, pool_3),
         "kid": kid._asdict(),
         "num_samples": len(pool_3),
-        "features": {key: value for key, value in vars(features).items() if key != "fn"},
+        "features": {key: value for key, value in features._asdict().items() if key != "fn"},
         "statistics": {key: value for key, value in statistics._asdict().items() if key != "pool_3"},
     }
 

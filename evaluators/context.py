@@ -26,12 +26,13 @@ class Context(NamedTuple):
     out: Path
     identity: dict[str, Any]  # what all results depend on, beside an evaluator's own settings
 
-    def units(self, kind: str, settings: dict[str, Any]) -> Units:
-        """The units of one kind of work, apart from those of another checkpoint, data set or setting."""
-        return Units(self.out / "units", f"{kind}_{self.number}", {**self.identity, **settings})
+    def run(self, kind: str, settings: dict[str, Any], count: int, unit: Callable, label: str = "") -> Units:
+        """Runs `Units` of one kind of work, apart from those of another checkpoint, data set or setting."""
+        units = Units(self.out / "units", f"{kind}_{self.number}", {**self.identity, **settings})
+        return units.run(count, unit, label)
 
     def file(self, name: str, suffix: str = "npz") -> Path:
-        """<name>_<checkpoint>.<suffix>"""
+        """The path of <name>_<checkpoint>.<suffix>, for a result."""
         return self.out / f"{name}_{self.number}.{suffix}"
 
     def write(self, name: str, **arrays: np.ndarray) -> None:
@@ -49,7 +50,7 @@ Evaluator = Callable[[Context], dict[str, Any]]
 
 
 def settings_of(config: Any, *keys: str) -> dict[str, Any]:
-    """{key: value} of these keys of a config section, for `Context.units`."""
+    """{key: value} of these keys of a config section, for `Context.run`."""
     return {key: config[key] for key in keys}
 
 
@@ -117,8 +118,8 @@ class Split(NamedTuple):
         self, context: Context, kind: str, settings: dict[str, Any], unit: Callable[[int], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
         """Runs `unit(k) -> {name: [b, ...]}` as units of work and returns {name: [repeats, count, ...]}."""
-        units = context.units(kind, {**self.settings, **settings})
-        rows = units.run(self.num_units, unit, f"{kind}, {self.name} split")
+        label = f"{kind}, {self.name} split"
+        rows = context.run(kind, {**self.settings, **settings}, self.num_units, unit, label)
         arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         return {name: array.reshape(self.repeats, self.count, *array.shape[1:]) for name, array in arrays.items()}
 

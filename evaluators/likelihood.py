@@ -125,8 +125,8 @@ def _density(task: Task) -> Evaluator:
     points = grid.points
     size = min(config.batch_size, round_up(len(points)))
     log_likelihood_fn = log_likelihood(task, size)
-    settings = {"points": len(points), "breaks": task.dataset.breaks, "size": size}
-    settings |= settings_of(config, *_SETTINGS[config.ode_solver])
+    of_solver = settings_of(config, *_SETTINGS[config.ode_solver])
+    settings = {"points": len(points), "breaks": task.dataset.breaks, "size": size, **of_solver}
     sde_density = _sde_density(task, points[:, 0], float(data.std())) if points.shape[1] == 1 else None
 
     def evaluate(context: Context) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _density(task: Task) -> Evaluator:
             row = log_likelihood_fn(context.params, context.model_state, points[index], index, 0)
             return {"logp": row["logp"]}
 
-        rows = context.units("density", settings).run(math.ceil(len(points) / size), unit)
+        rows = context.run("density", settings, math.ceil(len(points) / size), unit)
         arrays = {"x": points, "model_logp": np.concatenate([row["logp"] for row in rows]), "data": data}
         failed = int(np.sum(np.isnan(arrays["model_logp"])))
         result: dict[str, Any] = {"density": evaluation.failures(failed)} if failed else {}
@@ -165,6 +165,6 @@ def _sde_density(task: Task, x: np.ndarray, data_std: float) -> Callable[[Contex
             return {"logp": logp}
 
         settings = {"cells": cells, "data_std": data_std, "points": len(x)}
-        return context.units("sde_density", settings).run(1, unit)[0]["logp"]
+        return context.run("sde_density", settings, 1, unit)[0]["logp"]
 
     return evaluate

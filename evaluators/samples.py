@@ -35,7 +35,7 @@ FAILURE = {
 def sampler(task: Task, devices: list | None = None):
     """(params, model_state, keys [b, ...]) -> samples [b, ...], evaluations of the score [b], all of this host.
 
-    devices: draw together; those of this host if not given. If they are of several hosts, each host gives its own keys.
+    devices: those that draw together, by default this host's. If they are several hosts', each host gives its own keys.
     A sample is a function of its key (with Langevin's corrector: of all keys), not of the number of devices.
     """
     config, shape = task.config.sampling, task.dataset.shape
@@ -55,7 +55,7 @@ def sampler(task: Task, devices: list | None = None):
 
 
 def is_whole(samples: np.ndarray) -> np.ndarray:
-    """Whether the sampler did not give up on a sample, [b]."""
+    """Whether each sample [b] is finite, so that the sampler did not give up on it."""
     return np.all(np.isfinite(samples.reshape(len(samples), -1)), axis=1)
 
 
@@ -65,8 +65,8 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     draw = sampler(task)
     sampling_config = task.config.sampling
     method = sampling_config.method.lower()
-    pair = f"({sampling_config.predictor} and {sampling_config.corrector})"
-    name = "ode" if method == "ode" else f"pc {pair}"
+    pc = f"pc ({sampling_config.predictor} and {sampling_config.corrector})"
+    name = "ode" if method == "ode" else pc
     settings = settings_except(sampling_config, *CANNOT_MATTER[method])
     metrics = _metrics(task) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
 
@@ -82,11 +82,10 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             x = np.round(np.clip(x[whole], 0, 1) * 255).astype(np.uint8) if is_image else x[whole]
             return {"samples": x, "nfe": nfe, "whole": whole}
 
-        units = context.units("samples", {"size": size, **settings})
-        rows = units.run(math.ceil(count / size), unit, "sampling")
+        rows = context.run("samples", {"size": size, **settings}, math.ceil(count / size), unit, "sampling")
 
         def samples(k: int) -> np.ndarray:
-            """Unit k's; the last one may hold more than were asked for."""
+            """The samples of unit k. The last unit may have drawn more than were asked for, which are left out."""
             row = rows[k]
             return row["samples"][: np.sum(row["whole"][: count - k * size])]
 
@@ -116,8 +115,7 @@ def _metrics(task: Task):
             pool_3, logits = features.fn(samples(k), config.inception_batch_size)
             return {"pool_3": pool_3, "logits": logits}
 
-        units = context.units("features", {**facts, "features": features.hash})
-        rows = units.run(num_units, unit, "features of the samples")
+        rows = context.run("features", {**facts, "features": features.hash}, num_units, unit, "features of the samples")
         pool_3, logits = (np.concatenate([row[key] for row in rows]) for key in ("pool_3", "logits"))
         return evaluation.sample_metrics(features, statistics, pool_3, logits, config)
 

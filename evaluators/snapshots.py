@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of the model, which a snapshot in training shows beside its checkpoint."""
+"""Samples of the model, drawn in training with each snapshot."""
 
 import math
 from collections.abc import Callable
