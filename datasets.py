@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every data source, its scaling and dequantisation; the only reader of data.
+"""Every data source, its scaling and its dequantisation. No other module reads data.
 
-`load` gives a `Dataset`, `train_loader` an endless shuffled stream of its training split, `eval_batches` one pass over
-a split. A flip, a noise value or a synthetic example is a hash of the seed, the example's index and the epoch, so
-neither the batch size, nor the number of hosts, nor a resume changes it.
+`load` returns a `Dataset`. `train_loader` is an endless shuffled stream of its training split, `eval_batches` one pass
+over a split. Each flip, noise value and synthetic example is a hash of the seed, the example's index and the epoch
+(`sources.splitmix`), so it depends neither on the batch size, nor on the number of hosts, nor on a resume.
 
-Sources. Hash: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 19).
-Points: `synthetic`. Image sets: the splits and crops of Song et al. 2021, but rounded to 8 bits after resizing, because
-bits/dim are about 8-bit images.
+Image sets have the splits and crops of Song et al. 2021, but are rounded to 8 bits after resizing, because bits/dim are
+about 8-bit images.
 """
 
 import dataclasses
@@ -20,15 +19,18 @@ from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Float, Int64, UInt8, UInt64
+from jaxtyping import Float, Int64, UInt8
 
 from errors import UserError
-from sources import idx, synthetic, tfds
+from sources import idx, splitmix, synthetic, tfds
+
+# One number for each use of random bits, so that no two uses share them.
+_SHUFFLE, _FLIP, _TRAIN_NOISE, _EVAL_NOISE, _SYNTHETIC_TRAIN, _SYNTHETIC_TEST = range(1, 7)
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access: an int gives one example, an int64 array [B] gives B stacked ones. An ndarray [N, ...] is one."""
+    """Random access: an int gives one example, an int64 array [B] gives B stacked. An ndarray [N, ...] is a source."""
 
     def __len__(self) -> int: ...
 
@@ -37,10 +39,11 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples are uint8 [H, W, C] if `is_image`, else float32 [D]; log_prob [N, D] -> [N] and entropy are in nats.
+    """Two splits of examples, uint8 [H, W, C] if `is_image`, else float32 [D]; and their density, where it is known.
 
+    log_prob: [N, D] -> [N], in nats, as is the entropy.
     mixture: (weights [M], means [M, 1], variances [M, 1]) of data from M Gaussians, the same in every coordinate.
-    breaks: where the density jumps, rising, the same in every coordinate.
+    breaks: the values, ascending, of every coordinate at which the density jumps.
     """
 
     name: str
@@ -53,19 +56,18 @@ class Dataset:
     mixture: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     breaks: tuple[float, ...] = ()
 
-    def digest(self, split: str, most: int = 10_000) -> str:
-        """Of the number of examples in a split and of up to `most` of them, evenly spread."""
-        source = {"train": self.train, "test": self.test}[split]
+    def digest(self, split: str) -> str:
+        """A hash of the number of examples in a split and of up to 10,000 of them, evenly spaced."""
+        source = getattr(self, split)
         sha = hashlib.sha256(str(len(source)).encode())
-        index = np.unique(np.linspace(0, len(source) - 1, most).astype(np.int64))
-        for start in range(0, len(index), 1024):
-            sha.update(np.ascontiguousarray(source[index[start : start + 1024]]).tobytes())
+        for index in np.array_split(np.unique(np.linspace(0, len(source) - 1, 10_000).astype(np.int64)), 10):
+            sha.update(np.ascontiguousarray(source[index]).tobytes())
         return sha.hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Lazy:
-    """A source whose examples `take(index [B]) -> [B, ...]` makes or reads when they are asked for."""
+    """A source that makes or reads its examples when they are asked for, by `take(index [B]) -> [B, ...]`."""
 
     length: int
     take: Callable[[np.ndarray], np.ndarray]
@@ -82,71 +84,43 @@ class _Lazy:
 
 
 def load(data_config: Any) -> Dataset:
-    """The data set `data.dataset`. UserError: unknown name, missing or broken files, a size it does not have."""
+    """Loads `data.dataset`. UserError: an unknown name, missing or damaged files, a size that it does not have."""
     name = data_config.dataset
     if name not in _DATASETS:
         raise UserError(f"data.dataset={name!r} is not known; use one of {', '.join(sorted(_DATASETS))}")
     dataset = _DATASETS[name](data_config)
     if dataset.is_image and (dataset.shape[-1], data_config.num_channels) == (1, 3):
-        return _gray_as_rgb(dataset)
+        train, test = _gray_as_rgb(dataset.train), _gray_as_rgb(dataset.test)
+        return dataclasses.replace(dataset, shape=(*dataset.shape[:2], 3), train=train, test=test)
     if dataset.is_image and dataset.shape[-1] != data_config.num_channels:
         raise UserError(f"data.num_channels={data_config.num_channels}: {name} has {dataset.shape[-1]}; set it to that")
     return dataset
 
 
-def _gray_as_rgb(dataset: Dataset) -> Dataset:
-    """The one channel three times, for a network of colour images."""
-
-    def repeated(source: Source) -> Source:
-        return _Lazy(len(source), lambda index: np.repeat(source[index], 3, axis=-1))
-
-    shape = (*dataset.shape[:2], 3)
-    return dataclasses.replace(dataset, shape=shape, train=repeated(dataset.train), test=repeated(dataset.test))
+def _gray_as_rgb(source: Source) -> Source:
+    """Repeats the one channel three times, for a network of colour images."""
+    return _Lazy(len(source), lambda index: np.repeat(source[index], 3, axis=-1))
 
 
 def get_data_scaler(centered: bool) -> Callable:
-    """[0, 1] -> [-1, 1] if centered, else the identity."""
+    """Maps [0, 1] to [-1, 1] if `centered`, else it is the identity."""
     return (lambda x: x * 2.0 - 1.0) if centered else (lambda x: x)
 
 
 def get_data_inverse_scaler(centered: bool) -> Callable:
-    """[-1, 1] -> [0, 1] if centered, else the identity."""
+    """Maps [-1, 1] to [0, 1] if `centered`, else it is the identity."""
     return (lambda x: (x + 1.0) / 2.0) if centered else (lambda x: x)
 
 
-# Randomness. One number for each use, so that no two uses share bits.
-_SHUFFLE, _FLIP, _TRAIN_NOISE, _EVAL_NOISE, _SYNTHETIC_TRAIN, _SYNTHETIC_TEST = range(1, 7)
-_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's bijection of uint64, elementwise and in place."""
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
-
-
-def _random_bits(use: int, seed: int, index: Int64[np.ndarray, "B"], epoch: Any, n: int) -> UInt64[np.ndarray, "B n"]:
-    """n words of 64 random bits for each example, a function of (use, seed, index, epoch); epoch: int or [B]."""
-    state = np.zeros(1, np.uint64)
-    for value in (use, seed % 2**64, index, epoch):
-        # Mixing after each value keeps examples and epochs off one another's arithmetic progression of counters.
-        state = _mix((state + np.asarray(value).astype(np.uint64) + np.uint64(1)) * _GOLDEN_GAMMA)
-    return _mix(state[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN_GAMMA)
-
-
 def _uniform_noise(use: int, seed: int, index: np.ndarray, epoch: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 [B, *shape] uniform on the multiples of 2^-16 in [0, 1): pixel + noise is then exact and below 256."""
+    """Multiples of 2^-16, uniform in [0, 1), float32 [B, *shape]: pixel + noise is exact and below 256."""
     dim = math.prod(shape)
-    bits = _random_bits(use, seed, index, epoch, -(-dim // 4)).view(np.uint16)[:, :dim]
+    bits = splitmix.random_bits(use, seed, index, epoch, -(-dim // 4)).view(np.uint16)[:, :dim]
     return (bits.astype(np.float32) * np.float32(2**-16)).reshape(-1, *shape)
 
 
 def _to_unit(pixels: UInt8[np.ndarray, "B H W C"], noise: np.ndarray | None) -> Float[np.ndarray, "B H W C"]:
-    """x = pixel / 255 or, dequantised, (255 x + u) / 256: [0, 1] or [0, 1)."""
+    """pixel / 255 in [0, 1] or, dequantised, (pixel + noise) / 256 in [0, 1)."""
     if noise is None:
         return pixels.astype(np.float32) / np.float32(255)
     return (pixels + noise) / np.float32(256)
@@ -155,14 +129,17 @@ def _to_unit(pixels: UInt8[np.ndarray, "B H W C"], noise: np.ndarray | None) -> 
 def train_loader(
     dataset: Dataset, data_config: Any, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
-    """Endless {'x': float32 [batch_size / process_count, ...], 'index': int64 [batch_size / process_count]}.
+    """An endless stream of {'x': float32 [batch_size / process_count, ...], 'index': int64, as many}.
 
-    Epochs, each its own permutation of the training split, follow one another without a gap and are cut into global
-    batches of `batch_size`; process k gets the k-th contiguous part of each. No example is dropped: a batch may reach
-    into the next epoch. x is scaled as `data.centered` says (images only), flipped left-right with probability 1/2 if
-    `data.random_flip`, dequantised if `data.uniform_dequantization`. Threads prefetch; `get_state()` (JSON-able: the
-    number of batches given) and `set_state(state)` resume exactly, under the same batch_size and seed.
-    UserError if process_count does not divide batch_size.
+    Each epoch is a permutation of its own of the training split. The epochs follow one another without a gap and are
+    cut into global batches of `batch_size`, so a batch may reach into the next epoch and no example is dropped. Process
+    k gets the k-th contiguous part of each batch.
+
+    Images are flipped left-right with probability 1/2 if `data.random_flip`, dequantised if
+    `data.uniform_dequantization` and scaled to the range that `data.centered` says.
+
+    Threads prefetch. `get_state()` is the number of batches given; after `set_state(state)` under the same batch_size
+    and seed the stream goes on exactly there. UserError if process_count does not divide batch_size.
     """
     if batch_size % process_count:
         raise UserError(
@@ -181,7 +158,7 @@ def train_loader(
         x = dataset.train[index]
         if dataset.is_image:
             if data_config.random_flip:
-                flip = _random_bits(_FLIP, seed, index, epoch, 1)[:, 0] >> np.uint64(63) == 1
+                flip = splitmix.random_bits(_FLIP, seed, index, epoch, 1)[:, 0] >> np.uint64(63) == 1
                 x = np.where(flip[:, None, None, None], x[:, :, ::-1], x)
             dequantize = data_config.uniform_dequantization
             noise = _uniform_noise(_TRAIN_NOISE, seed, index, epoch, dataset.shape) if dequantize else None
@@ -203,12 +180,12 @@ def eval_batch(
     dequantize: bool = True,
     scale: bool = True,
 ) -> Float[np.ndarray, "B *shape"]:
-    """The examples `index` of `split` ('train' | 'test'), float32.
+    """The examples `index` of `split` ('train' | 'test'), float32. Images are never flipped.
 
-    Images are never flipped. If `dequantize` they get noise that is a function of (seed, index, repeat), else they are
-    pixel / 255. If `scale` they go from [0, 1] to the range that `data.centered` says.
+    dequantize: images get noise that is a function of (seed, index, repeat); otherwise they are pixel / 255.
+    scale: images are scaled from [0, 1] to the range that `data.centered` says.
     """
-    x = {"train": dataset.train, "test": dataset.test}[split][index]
+    x = getattr(dataset, split)[index]
     if not dataset.is_image:
         return x
     noise = _uniform_noise(_EVAL_NOISE, seed, index, repeat, dataset.shape) if dequantize else None
@@ -222,53 +199,45 @@ def eval_batches(
     split: str,
     batch_size: int,
     *,
-    seed: int,
-    repeat: int = 0,
-    dequantize: bool = True,
     limit: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    **options: Any,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Each example of `split` ('train' | 'test') once, in order: {'x': float32 [b, ...], 'index': int64 [b]}.
+    """Yields each example of a split once, in order: {'x': float32 [b, ...], 'index': int64 [b]}.
 
-    Global batches hold `batch_size` examples, the last one what is left; limit > 0: of the first `limit` examples. Each
-    process gets a contiguous part of each, the parts as equal as can be (fewer examples than processes: some empty).
-    See `eval_batch` for what is done to an example.
+    Global batches hold `batch_size` examples, the last one what is left. Each process gets a contiguous part of each
+    batch; the parts differ by one example at most, and some may be empty. limit > 0: the first `limit` examples only.
+    options: of `eval_batch`.
     """
-    length = len({"train": dataset.train, "test": dataset.test}[split])
-    count = min(limit, length) if limit > 0 else length
+    length = len(getattr(dataset, split))
+    count = min(limit or length, length)
     for start in range(0, count, batch_size):
         index = np.arange(start, min(start + batch_size, count))
         first, last = (len(index) * k // process_count for k in (process_index, process_index + 1))
         index = index[first:last]
-        x = eval_batch(dataset, data_config, split, index, seed=seed, repeat=repeat, dequantize=dequantize)
-        yield {"x": x, "index": index}
-
-
-# Synthetic data: example i is a function of (split, i) alone. Their config keys of images have no effect.
-_SYNTHETIC_SEED, _SYNTHETIC_LENGTHS = 0, {_SYNTHETIC_TRAIN: 2**20, _SYNTHETIC_TEST: 10_000}
+        yield {"x": eval_batch(dataset, data_config, split, index, **options), "index": index}
 
 
 def _points(make: Callable[[Any], synthetic.Points]) -> Callable[[Any], Dataset]:
-    """The loader of what `make(config)` describes."""
+    """The loader of the points that `make(config)` describes. Config keys of images have no effect on them."""
 
     def load(config: Any) -> Dataset:
         dim, n_uniforms, transform, log_prob, entropy, mixture, breaks = make(config)
 
-        def source(use: int) -> _Lazy:
+        def source(use: int, length: int) -> _Lazy:
             def take(index: np.ndarray) -> np.ndarray:
-                bits = _random_bits(use, _SYNTHETIC_SEED, index, 0, n_uniforms)
+                bits = splitmix.random_bits(use, 0, index, 0, n_uniforms)
                 return transform(((bits >> np.uint64(11)) + 0.5) * 2.0**-53).astype(np.float32)
 
-            return _Lazy(_SYNTHETIC_LENGTHS[use], take)
+            return _Lazy(length, take)
 
-        train, test = source(_SYNTHETIC_TRAIN), source(_SYNTHETIC_TEST)
+        train, test = source(_SYNTHETIC_TRAIN, 2**20), source(_SYNTHETIC_TEST, 10_000)
         return Dataset(config.dataset, (dim,), False, train, test, log_prob, entropy, mixture, breaks)
 
     return load
 
 
-# Images.
 def _images(config: Any, train: Source, test: Source, channels: int) -> Dataset:
     return Dataset(config.dataset, (config.image_size, config.image_size, channels), True, train, test)
 
@@ -280,9 +249,9 @@ def _require_size(config: Any, *sizes: int) -> None:
 
 
 def _fit(image: UInt8[np.ndarray, "H W C"], crop: int = 0, *, size: int, method: str) -> UInt8[np.ndarray, "S S C"]:
-    """The central crop x crop pixels (0: the largest central square), resized with antialiasing and rounded to 8 bits.
+    """Crops the central crop x crop pixels (0: the largest square), resizes with antialiasing and rounds to 8 bits.
 
-    method: 'BILINEAR' | 'BICUBIC' of Pillow, which are the antialiased filters of tf.image.resize.
+    method: 'BILINEAR' | 'BICUBIC' of Pillow, whose filters are those of tf.image.resize with antialiasing.
     """
     from PIL import Image
 
@@ -296,7 +265,7 @@ def _fit(image: UInt8[np.ndarray, "H W C"], crop: int = 0, *, size: int, method:
 
 
 def _digits(config: Any) -> Dataset:
-    """scikit-learn's 1,797 8x8 digits, 0..16 stretched to 0..255; 1,500 of a fixed permutation train, 297 test."""
+    """scikit-learn's 1,797 digits of 8x8, stretched from 0..16 to 0..255, in a fixed order: 1,500 train, 297 test."""
     from sklearn.datasets import load_digits
 
     _require_size(config, 8)
@@ -305,8 +274,8 @@ def _digits(config: Any) -> Dataset:
     return _images(config, images[:1500], images[1500:], 1)
 
 
-def _idx_dataset(config: Any, default_dir: str) -> Dataset:
-    """MNIST's files in `data.dir`. 28x28 as it is, 32x32 with a border of zeros, any other size resized bilinearly."""
+def _idx_dataset(config: Any, default_dir: str = "") -> Dataset:
+    """MNIST's files in `data.dir`: 28x28 as they are, 32x32 with a border of zeros, other sizes resized bilinearly."""
     folder, size = config.dir or default_dir, config.image_size
     splits = []
     for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
@@ -327,62 +296,53 @@ def _idx_dataset(config: Any, default_dir: str) -> Dataset:
     return _images(config, splits[0], splits[1], 1)
 
 
-def _celeba(config: Any) -> Dataset:
-    """The central 140x140 pixels, resized bilinearly; the validation split is the test."""
-    fit = functools.partial(_fit, crop=140, size=config.image_size, method="BILINEAR")
-    return _tfds(config, "celeb_a", "validation", "drive.google.com", fit)
-
-
 def _lsun(config: Any) -> Dataset:
-    """The largest central square, resized bilinearly to 128 or bicubically to another size; validation is the test.
+    """LSUN, resized bilinearly to 128 or bicubically to another size.
 
-    As Song et al., except that at 128 they resize before they crop, which differs in the outermost pixels.
+    At 128 Song et al. resize before they crop, so the outermost pixels differ from theirs.
     """
     if not config.category:
         raise UserError("data.category is empty: LSUN needs one, e.g. church_outdoor")
-    fit = functools.partial(_fit, size=config.image_size, method="BILINEAR" if config.image_size == 128 else "BICUBIC")
-    return _tfds(config, f"lsun/{config.category}", "validation", "dl.yf.io", fit)
+    method = "BILINEAR" if config.image_size == 128 else "BICUBIC"
+    return _tfds(config, f"lsun/{config.category}", "dl.yf.io", method=method)
 
 
 def _imagenet(config: Any) -> Dataset:
-    """ImageNet at 32x32 or 64x64; the validation split is the test.
+    """ImageNet at 32x32 or 64x64, in one of two copies.
 
-    `data.category` empty: `downsampled_imagenet`, the copy of the published bits/dim, no longer distributed.
-    'imagenet_resized': the copy of Chrabaszcz et al. 2017, easier to compress and not comparable.
+    If `data.category` is empty it is `downsampled_imagenet`, which published bits/dim are of and which is no longer
+    distributed. 'imagenet_resized' is the copy of Chrabaszcz et al. 2017, easier to compress and so not comparable.
     """
-    _require_size(config, 32, 64)
     name = config.category or "downsampled_imagenet"
     if name not in ("downsampled_imagenet", "imagenet_resized"):
         raise UserError(f"data.category={name!r} of ImageNet: use downsampled_imagenet (old) or imagenet_resized (new)")
-    return _tfds(config, f"{name}/{config.image_size}x{config.image_size}", "validation", "image-net.org")
+    return _tfds(config, f"{name}/{config.image_size}x{config.image_size}", "image-net.org", 32, 64)
 
 
-def _tfds_32(config: Any, name: str, host: str) -> Dataset:
-    _require_size(config, 32)
-    return _tfds(config, name, "test", host)
+def _tfds(config: Any, name: str, host: str, *sizes: int, test_split: str = "validation", **fit: Any) -> Dataset:
+    """Images that tensorflow-datasets prepared, or downloads from `host` if there are none (`sources.tfds`).
 
-
-def _tfds(config: Any, name: str, test_split: str, host: str, fit: Callable = lambda image: image) -> Dataset:
-    """What tensorflow-datasets prepared in data.dir, $TFDS_DATA_DIR or ~/tensorflow_datasets, else downloads there.
-
-    fit: uint8 [H, W, 3] -> image_size.
+    sizes: those that the images come at. fit: options of `_fit`, which brings images of other sizes to data.image_size.
     """
+    if sizes:
+        _require_size(config, *sizes)
+    resize = functools.partial(_fit, size=config.image_size, **fit) if fit else np.asarray
     builder = tfds.builder(config.dataset, name, config.dir, host)
-    train, test = (_Lazy(*tfds.read_split(builder, name, config.image_size, fit)) for name in ("train", test_split))
+    train, test = (_Lazy(*tfds.read_split(builder, name, config.image_size, resize)) for name in ("train", test_split))
     return _images(config, train, test, 3)
 
 
-# A new data set: one function of the section `data` of the config (points: in `synthetic`), and its line here.
+# A new data set is one function of the section `data` of the config (points: in `sources.synthetic`) and a line here.
 _DATASETS: dict[str, Callable[[Any], Dataset]] = {
     "mog": _points(synthetic.mog),
     "checkerboard": _points(synthetic.checkerboard),
     "swissroll": _points(synthetic.swissroll),
     "DIGITS": _digits,
-    "MNIST": functools.partial(_idx_dataset, default_dir=""),
+    "MNIST": _idx_dataset,
     "FASHION_MNIST": functools.partial(_idx_dataset, default_dir="/usr/share/datasets/fashion-mnist"),
-    "CIFAR10": functools.partial(_tfds_32, name="cifar10", host="www.cs.toronto.edu"),
-    "SVHN": functools.partial(_tfds_32, name="svhn_cropped", host="ufldl.stanford.edu"),
-    "CELEBA": _celeba,
+    "CIFAR10": lambda config: _tfds(config, "cifar10", "www.cs.toronto.edu", 32, test_split="test"),
+    "SVHN": lambda config: _tfds(config, "svhn_cropped", "ufldl.stanford.edu", 32, test_split="test"),
+    "CELEBA": lambda config: _tfds(config, "celeb_a", "drive.google.com", crop=140, method="BILINEAR"),
     "ImageNet": _imagenet,
     "LSUN": _lsun,
 }

@@ -13,14 +13,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
 from likelihood import bits_per_dim, likelihood_bound
 from losses import LossFn
-from sde_lib import SDE, ScoreFn
+from sde_lib import SDE, Batch, PerExample, ScoreFn
 
-Batch = Float[Array, "B *shape"]
-PerExample = Float[Array, "B"]
 Scaler = Callable[[Array], Array]
 
 

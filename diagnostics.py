@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score diagnostics: the Fisher curves of a score model along its probability flow ODE, per example.
 
-Notation as in `likelihood`: drift f(t) x, diffusion g(t), score s, J = ds/dx, D = number of entries of one x, probe v.
-q_t is the density of the ODE's state at t: the prior at T, carried back along h(x, t) = f x - g^2 s / 2. Its score
-s_ode = grad log q_t is what s becomes if the model's SDE and ODE agree; the paper's bound on the likelihood gap of the
-ODE is made of the distances below (Lu et al. 2022, arXiv 2206.08265, section 3 and the curves of its experiments).
+The notation is that of `likelihood`: drift f(t) x, diffusion g(t), score s, J = ds/dx, D = number of entries of one x,
+probe v. The density of the ODE's state at t is q_t: the prior at T, carried back along h(x, t) = f x - g^2 s / 2. Its
+score s_ode = grad log q_t equals s if the model's SDE and ODE agree. The paper bounds the likelihood gap of the ODE by
+the distances below (Lu et al. 2022, arXiv 2206.08265, section 3 and the curves of its experiments).
 """
 
 from functools import partial
@@ -17,27 +17,26 @@ from jaxtyping import Array, Float
 
 from likelihood import score_and_divergence
 from ode import rk45
-from sde_lib import SDE, ScoreFn, batch_mul
+from sde_lib import SDE, Batch, PerExample, ScoreFn, batch_mul
 
-Batch = Float[Array, "B *shape"]
 Probes = Float[Array, "P B *shape"]
-PerExample = Float[Array, "B"]
 Curve = Float[Array, "K B"] | PerExample  # at K times, or at one
 
 
 class FisherCurves(NamedTuple):
     """g^2-weighted squared distances at K times for B examples, each at its own x_t on the ODE.
 
-    `normal` stands for the score of N(0, sigma(t)^2 I): -x / sigma^2, of divergence -D / sigma^2 and no gradient of it.
-    A score is in nats per unit of x and g^2 in squared units of x per unit of time, so the distances of scores are in
-    nats (half their mean over data, integrated over t, is a Fisher divergence as it stands in the bounds), and those of
-    the divergence and its gradient in nats / (unit of x)^2 and nats / (unit of x)^4, all per unit of time.
-    The fields with `true` are None where no true score was given.
+    `normal` stands for the score of N(0, sigma(t)^2 I), which is -x / sigma^2, of divergence -D / sigma^2. The fields
+    with `true` are None without a true score.
 
-    A probe's noise is in s_ode, in J and in the gradient: the expectation over one probe of the five curves that depend
-    on it is the distance plus the variance of its estimate, which for images may be many times as large. Products of
-    the residuals of two probes have no such term. So with P probes a curve is their mean over all pairs, without bias
-    (and, where the distance is small, sometimes below 0).
+    Units: a score is in nats per unit of x and g^2 in squared units of x per unit of time. So the distances of scores
+    are in nats, those of the divergence in nats / (unit of x)^2 and those of its gradient in nats / (unit of x)^4, all
+    per unit of time. Half the mean over data of a distance of scores, integrated over t, is the Fisher divergence of
+    the bounds.
+
+    One probe adds the variance of its estimates of s_ode, J and the gradient to the curves; for images it may be many
+    times the distance. With P probes a curve is the mean over all pairs of probes of the product of their residuals. It
+    has no bias, and is sometimes below 0 where the distance is small.
     """
 
     score_ode: Curve  # g^2 |s - s_ode|^2
@@ -65,39 +64,38 @@ def fisher_curves(
 
     Along the ODE, d s_ode / dt = -(grad_x div h + (dh/dx)^T s_ode), with s_ode = -x / prior_std^2 at T. That is
         d s_ode / dt = -f s_ode + g^2 / 2 (grad_x (v . J v) + J^T s_ode),
-    one reverse pass over one jvp. The probe is fixed over the solve; s_ode is then the score of the log density that
+    one reverse pass over one jvp. The probe is fixed over the solve, so s_ode is the score of the log density that
     `likelihood.ode_log_likelihood` gives with that probe.
 
     Args:
-        probe: v [B, ...]; P >= 2 of them [P, B, ...] for curves without the bias of one, P times the work; None takes
+        probe: v [B, ...]; P >= 2 probes [P, B, ...] for curves without the bias of one, at P times the work; None for
             the exact trace, with D tangents, for small D only.
         times: rising, in (0, T]. The solver starts anew in each interval, at no less than 8 evaluations.
-        rtol, atol, max_steps: of `ode.rk45`, the limit for each interval; one step size an example.
+        rtol, atol, max_steps: see `ode.rk45`; the limit holds for each interval.
         true_score: score of the marginal at t of the data under the SDE, see `gaussian_mixture_score`.
 
     Returns:
-        Curves [K, B]. An example that the solver gave up on is NaN at all times. No gradient of parameters.
+        Curves [K, B]. An example that the solver gave up on is NaN at all times. Parameters have no gradient.
     """
     times = times.astype(x.dtype)
     num_probes = probe.shape[0] if probe is not None and probe.ndim > x.ndim else 1
     probe = probe if probe is None else probe.reshape(-1, *x.shape[1:])  # probe by probe, as `tile` makes x
+    solve = partial(rk45, rtol=rtol, atol=atol, max_steps=max_steps)
 
     def forward(t, x):
         return sde.probability_flow(x, t, score_fn(x, t))
 
     def interval(state, span):
-        start, end = span
-        flow = partial(ode_score_flow, sde, score_fn, probe)
-        (x, ode_score), _ = rk45(flow, state, start, end, rtol=rtol, atol=atol, max_steps=max_steps)
-        t = jnp.broadcast_to(end, x.shape[:1])
+        (x, ode_score), _ = solve(partial(ode_score_flow, sde, score_fn, probe), state, *span)
+        t = jnp.broadcast_to(span[1], x.shape[:1])
         curves = compare_scores(sde, score_fn, x, ode_score, t, probe, true_score, num_probes=num_probes)
         return (x, ode_score), curves
 
-    end, _ = rk45(forward, x, times[0], sde.T, rtol=rtol, atol=atol, max_steps=max_steps)
+    end, _ = solve(forward, x, times[0], sde.T)
     end = jnp.tile(end, (num_probes, *[1] * (x.ndim - 1)))
     starts = jnp.append(times[1:], jnp.asarray(sde.T, x.dtype))
     (x0, _), curves = jax.lax.scan(interval, (end, -end / sde.prior_std**2), (starts, times), reverse=True)
-    # rk45 makes a failed example NaN throughout, and it stays so
+    # `rk45` makes a failed example NaN throughout, and it stays NaN.
     failed = jnp.isnan(x0.reshape(num_probes, x.shape[0], -1)[..., 0]).any(axis=0)
     return jax.tree.map(lambda curve: jnp.where(failed, jnp.nan, curve), curves)
 
@@ -108,7 +106,7 @@ def ode_score_flow(
     """d(x, s_ode) / dt at (x, s_ode), as in `fisher_curves`."""
     x, ode_score = state
     score, _, pulled = _pull_back(score_fn, x, t, probe, ode_score)
-    # the score's equation is the flow's for (-f, -g^2), with what is pulled back in the score's place
+    # The equation of s_ode is the flow's for (-f, -g^2), with the pulled-back covector in the place of the score.
     return sde.probability_flow(x, t, score), -sde.probability_flow(ode_score, t, pulled)
 
 
@@ -125,8 +123,8 @@ def compare_scores(
 ) -> FisherCurves:
     """One point of each curve: the distances at x, where the density of the ODE has the score `ode_score`.
 
-    With num_probes = P > 1 the first axis of all holds the examples P times, once with each probe; the result has each
-    example once, its distances free of the probes' variance (see `FisherCurves`).
+    With num_probes = P > 1 the first axis of x, ode_score, t and probe holds the examples P times, once for each probe.
+    The result has each example once; its distances are free of the probes' variance (see `FisherCurves`).
     """
     score, divergence, grad_divergence = _pull_back(score_fn, x, t, probe, jnp.zeros_like(x))
     sigma_sq, g_sq = jnp.square(sde.sigma(t)), sde.diffusion_sq(t)
@@ -136,7 +134,7 @@ def compare_scores(
         residuals = (a - b).reshape(num_probes, x.shape[0] // num_probes, -1)
         squares = jnp.sum(jnp.square(residuals), axis=(0, 2))
         if num_probes > 1:
-            squares = jnp.sum(jnp.square(jnp.sum(residuals, axis=0)), axis=1) - squares  # the pairs of two
+            squares = jnp.sum(jnp.square(jnp.sum(residuals, axis=0)), axis=1) - squares  # pairs of two probes
         return g_sq[: len(squares)] * squares / max(1, num_probes * (num_probes - 1))
 
     truth = None if true_score is None else true_score(x, t)
@@ -160,8 +158,8 @@ def _pull_back(score_fn, x, t, probe, cotangent):
 def gaussian_mixture_score(sde: SDE, weights: ArrayLike, means: ArrayLike, variances: ArrayLike) -> ScoreFn:
     """The score of p_t for data from a mixture of Gaussians p_0(x) = sum_m w_m prod_d N(x_d; mu_md, var_md).
 
-    Each component stays Gaussian, with mean alpha mu and variance alpha^2 var + sigma^2; with r_m(x, t) the posterior
-    probabilities of the components, the score is -sum_m r_m (x - alpha mu_m) / (alpha^2 var_m + sigma^2).
+    Each component stays Gaussian, with mean alpha mu and variance alpha^2 var + sigma^2. The score is -sum_m r_m(x, t)
+    (x - alpha mu_m) / (alpha^2 var_m + sigma^2), where r_m is the posterior probability of component m.
 
     Args:
         weights: [M], positive, of sum 1.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that a user is meant to read."""
+"""The one exception whose message is meant for the user."""
 
 
 class UserError(Exception):

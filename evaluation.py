@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics and statistics: means with their errors, IS, FID and KID, and the file of a data set's features."""
+"""Metrics: means with standard errors, IS, FID and KID; and statistics files, a data set's features."""
 
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -29,9 +28,8 @@ KID_BLOCK_SIZE = 1024  # tensorflow-gan's default, which the public code keeps
 def mean_and_stderr(values: Float[np.ndarray, "R N"]) -> dict[str, Any]:
     """Mean over R repeats and N examples, and its standard error over the examples (each averaged over its repeats).
 
-    For more than one repeat also `stderr_over_repeats`, which is that of the noise (dequantisation, probes) alone. An
-    example with a value that is not finite has failed: all is of the others, and `num_failed` says how many it leaves
-    out. Without failures that key is not there.
+    With more than one repeat, `stderr_over_repeats` is the standard error that the noise (dequantisation, probes) alone
+    makes. Examples with a value that is not finite have failed: they are left out, and `num_failed` counts them.
     """
     whole = np.isfinite(values).all(axis=0)
     failed, values = int(np.sum(~whole)), values[:, whole]
@@ -47,18 +45,18 @@ def mean_and_stderr(values: Float[np.ndarray, "R N"]) -> dict[str, Any]:
 
 
 def failures(count: int) -> dict[str, int]:
-    """What marks a result as incomplete, if `count` examples or samples failed."""
+    """Marks a result as incomplete if `count` examples or samples failed; else it is empty."""
     return {"num_failed": count} if count else {}
 
 
 def gaussian_bits_per_dim(
     dataset: datasets.Dataset, data_config: Any, seed: int, split: str = "test", limit: int = 0
 ) -> float:
-    """Bits/dim of a split, or of its first `limit` examples, under the Gaussian of the training split's moments.
+    """Bits/dim of a split, or of its first `limit` examples, under the Gaussian with the training split's moments.
 
-    Both uniformly dequantised as in the model's likelihood, u / 256 in [0, 1): what a model of means and covariances
-    alone can do, for images small enough that D x D numbers and more than D training images are at hand. The moments
-    are those of batches, merged (Chan, Golub and LeVeque 1979), so it holds a batch at a time.
+    This is what means and covariances alone can do. Images are dequantised uniformly, as for the model's likelihood.
+    It takes D x D numbers, a batch of images at a time, and more than D training images. The moments of the batches are
+    merged (Chan, Golub and LeVeque 1979).
     """
 
     def batches(name: str, limit: int = 0) -> Iterator[np.ndarray]:
@@ -79,22 +77,19 @@ def gaussian_bits_per_dim(
     return float(nats / (dim * math.log(2)) + 8)
 
 
-# Samples of images. TensorFlow is imported late, because training needs none of this.
-UNKNOWN = "unknown (public layout)"  # features of a statistics file of the public code
-
-FeatureFn = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+# TensorFlow is imported late, because training needs none of what follows.
+UNKNOWN = "unknown (public layout)"  # the features in a statistics file of the public code
 
 
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """A network of features, and what a result must say about it.
+class Features(NamedTuple):
+    """A network that computes features, and what a result must say about it.
 
     fn: (images uint8 [N, H, W, 1 or 3], batch size) -> pool_3 float32 [N, d], logits float32 [N, k].
-    hash: of the SavedModel's graph and weights. resize: who brings the images to the network's size, and how.
+    hash: of the SavedModel's graph and weights. resize: how images are brought to the network's size.
     comparable: whether results compare with published ones, as far as can be known; note: why.
     """
 
-    fn: FeatureFn
+    fn: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
     name: str
     hash: str
     resize: str
@@ -103,17 +98,18 @@ class Features:
 
 
 class Statistics(NamedTuple):
-    """The features of a data set: pool_3 [N, d] and where they are from; `hash` is of pool_3's bytes."""
+    """The features of a data set, pool_3 [N, d], and their origin; `hash` is of pool_3's bytes."""
 
     path: str
     pool_3: np.ndarray
     hash: str
+    num_images: int  # N
     features_name: str
     features_hash: str
 
 
 class KernelDistance(NamedTuple):
-    """`mean`: KID of all features. `stderr`: its standard error. The rest: the subsets' own KIDs."""
+    """The KID of all features and its standard error; mean and standard deviation of the KIDs of subsets."""
 
     mean: float
     stderr: float
@@ -127,8 +123,8 @@ class KernelDistance(NamedTuple):
 def _tfgan() -> Any:
     """tensorflow-gan's classifier metrics.
 
-    Its package does not import on TensorFlow 2.16 and later: it loads its estimators, and `tf.estimator` is gone. Bare
-    modules in place of the packages above the metrics let them be found without running those packages' own imports.
+    Its package does not import on TensorFlow 2.16 and later, because its estimators need `tf.estimator`. Bare modules
+    in place of the packages above the metrics let the metrics be found without running those packages' imports.
     """
     import tensorflow as tf
 
@@ -140,25 +136,29 @@ def _tfgan() -> Any:
             package = types.ModuleType(name)
             package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
             sys.modules[name] = package
-    tf.get_logger().setLevel("ERROR")  # that they use deprecated arguments is nothing that the user can mend
+    tf.get_logger().setLevel("ERROR")  # no user can mend that the metrics use deprecated arguments
     return importlib.import_module("tensorflow_gan.python.eval.classifier_metrics")
+
+
+def _by_tfgan(metric: str, *arrays: np.ndarray, **options: int) -> float:
+    """The tensorflow-gan metric of that name, in float64."""
+    import tensorflow as tf
+
+    return float(getattr(_tfgan(), metric)(*(tf.constant(x, tf.float64) for x in arrays), **options))
 
 
 def frechet_distance(real: Float[np.ndarray, "N d"], fake: Float[np.ndarray, "M d"]) -> float:
     """FID: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of the means and unbiased covariances (Heusel et al. 2017).
 
-    By tensorflow-gan, in float64. Biased upwards by some 1/N + 1/M: compare at equal numbers only. With fewer examples
-    than dimensions it is finite, but mostly that bias.
+    It is biased upwards by some 1/N + 1/M: compare at equal numbers only. With fewer examples than dimensions it is
+    finite, but mostly that bias.
     """
-    return float(_tfgan().frechet_classifier_distance_from_activations(_float64(real), _float64(fake)))
+    return _by_tfgan("frechet_classifier_distance_from_activations", real, fake)
 
 
 def inception_score(logits: Float[np.ndarray, "N k"]) -> float:
-    """exp of the mean over x of KL(p(y|x) || p(y)), of all examples at once, no splits (Salimans et al. 2016).
-
-    By tensorflow-gan, in float64.
-    """
-    return float(_tfgan().classifier_score_from_logits(_float64(logits)))
+    """exp of the mean over x of KL(p(y|x) || p(y)), of all examples at once, no splits (Salimans et al. 2016)."""
+    return _by_tfgan("classifier_score_from_logits", logits)
 
 
 def kernel_distance(
@@ -166,9 +166,9 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID, the unbiased squared MMD under k(x, y) = (x . y / d + 1)^3 (Binkowski et al. 2018), and its standard error.
 
-    mean: tensorflow-gan's block estimator over all features, in float64: ceil(max(N, M) / 1024) blocks in the order
-    given (which must not be sorted), averaged. Every block needs two of each: of the larger set, where it is more than
-    512 times the smaller, a random part (seed 0) is used.
+    mean: tensorflow-gan's block estimator over all features, in float64. It averages ceil(max(N, M) / 1024) blocks in
+    the order given, which must not be sorted. Every block needs two of each set: if one is more than 512 times the
+    other, a random part of it (seed 0) is used.
 
     stderr: of `mean`, from random blocks of the sizes of its n blocks. With s the standard deviation of `subsets` such
     KIDs it is s / sqrt(n - 1): random blocks overlap, so that E s^2 is 1 - 1/n of a block's variance. A single block is
@@ -185,15 +185,10 @@ def kernel_distance(
     def thinned(x: np.ndarray) -> np.ndarray:
         return x[np.random.default_rng(0).permutation(len(x))[:most]] if len(x) > most else x
 
-    real_kept, fake_kept = thinned(real), thinned(fake)
-    mean = _kid(real_kept, fake_kept, KID_BLOCK_SIZE)
-    stderr = _kid_stderr(real_kept, fake_kept, subsets)
+    mean = _kid(thinned(real), thinned(fake), KID_BLOCK_SIZE)
+    stderr = _kid_stderr(thinned(real), thinned(fake), subsets)
     m = min(subset_size, smaller // 2)
-    kids = np.full(max(subsets, 1), math.nan)
-    for i in range(subsets if m >= 2 else 0):
-        rng = np.random.default_rng(i)
-        some_real, some_fake = (x[rng.choice(len(x), m, replace=False)] for x in (real, fake))
-        kids[i] = _kid(some_real, some_fake, m)
+    kids = [_random_kid(i, real, fake, m, m) for i in range(subsets if m >= 2 else 0)] or [math.nan]
     std = float(np.std(kids, ddof=1)) if len(kids) > 1 else math.nan
     return KernelDistance(mean, stderr, float(np.mean(kids)), std, m, subsets)
 
@@ -203,23 +198,20 @@ def _kid_stderr(real: np.ndarray, fake: np.ndarray, subsets: int) -> float:
     n = max(2, math.ceil(max(len(real), len(fake)) / KID_BLOCK_SIZE))
     if min(len(real), len(fake)) < 2 * n or subsets < 2:
         return math.nan
-    kids = []
-    for i in range(subsets):
-        rng = np.random.default_rng((1, i))
-        some_real, some_fake = (x[rng.choice(len(x), (len(x) + i % n) // n, replace=False)] for x in (real, fake))
-        kids.append(_kid(some_real, some_fake, max(len(some_real), len(some_fake))))
+    sizes = [((len(real) + i % n) // n, (len(fake) + i % n) // n) for i in range(subsets)]
+    kids = [_random_kid((1, i), real, fake, *sizes[i]) for i in range(subsets)]
     return float(np.std(kids, ddof=1) / math.sqrt(n - 1))
 
 
+def _random_kid(seed: int | tuple[int, int], real: np.ndarray, fake: np.ndarray, n: int, m: int) -> float:
+    """KID of one block: n real features and m fake ones, drawn without replacement."""
+    rng = np.random.default_rng(seed)
+    some_real = real[rng.choice(len(real), n, replace=False)]
+    return _kid(some_real, fake[rng.choice(len(fake), m, replace=False)], max(n, m))
+
+
 def _kid(real: np.ndarray, fake: np.ndarray, block_size: int) -> float:
-    metric = _tfgan().kernel_classifier_distance_from_activations
-    return float(metric(_float64(real), _float64(fake), max_block_size=block_size))
-
-
-def _float64(x: np.ndarray) -> Any:
-    import tensorflow as tf
-
-    return tf.constant(x, tf.float64)
+    return _by_tfgan("kernel_classifier_distance_from_activations", real, fake, max_block_size=block_size)
 
 
 def sample_metrics(
@@ -231,7 +223,7 @@ def sample_metrics(
 ) -> dict[str, Any]:
     """IS, FID and KID of M samples and what they were made with, for JSON.
 
-    UserError: fewer than 2 samples, or statistics of other features (those of a public file cannot be told apart).
+    UserError: fewer than 2 samples, or statistics of other features (a public file does not tell which it has).
     """
     if len(pool_3) < 2:
         raise UserError(f"IS, FID and KID need 2 samples, not {len(pool_3)}; raise eval.num_samples")
@@ -248,43 +240,30 @@ def sample_metrics(
         "fid": frechet_distance(statistics.pool_3, pool_3),
         "kid": kid._asdict(),
         "num_samples": len(pool_3),
-        "features": {
-            "name": features.name,
-            "hash": features.hash,
-            "resize": features.resize,
-            "comparable": features.comparable,
-            "note": features.note,
-        },
-        "statistics": {
-            "path": statistics.path,
-            "hash": statistics.hash,
-            "num_images": len(statistics.pool_3),
-            "features_name": statistics.features_name,
-            "features_hash": statistics.features_hash,
-        },
+        "features": {key: value for key, value in features._asdict().items() if key != "fn"},
+        "statistics": {key: value for key, value in statistics._asdict().items() if key != "pool_3"},
     }
 
 
 def statistics_path(data_config: Any, stats_path: str = "") -> Path:
-    """stats_path or, if empty, assets/stats/<name>_stats.npz, in the working directory: the public code's names."""
+    """stats_path or, if empty, the public code's assets/stats/<name>_stats.npz in the working directory."""
     return Path(stats_path).expanduser() if stats_path else Path("assets/stats", f"{_data_name(data_config)}_stats.npz")
 
 
 def _data_name(data_config: Any) -> str:
-    """cifar10, imagenet32 (its newer copy imagenet_resized32), lsun_<category>_<size>, else the name in lower case."""
+    """cifar10, imagenet32, imagenet_resized32 (the newer copy), lsun_<category>_<size>, else the name in lower case."""
     name, size = data_config.dataset, data_config.image_size
     if name == "LSUN":
         return f"lsun_{data_config.category}_{size}"
     if name == "ImageNet":
-        newer = data_config.category == "imagenet_resized"
-        return f"imagenet_resized{size}" if newer else f"imagenet{size}"
+        return f"imagenet_resized{size}" if data_config.category == "imagenet_resized" else f"imagenet{size}"
     return name.lower()
 
 
 def load_statistics(path: Path, data_config: Any = None) -> Statistics:
-    """The features that `compute_statistics` wrote, or of a public file, an npz with `pool_3` [N, d] and no more.
+    """Reads a file of `compute_statistics` or a public one, an npz with `pool_3` [N, d] and no more.
 
-    UserError: no such file, not one of these, or, if data_config is given, one of other images.
+    UserError: no such file, another kind of file, or, if data_config is given, the features of other images.
     """
     if not path.is_file():
         raise UserError(
@@ -303,10 +282,11 @@ def load_statistics(path: Path, data_config: Any = None) -> Statistics:
             f"{path} is of {arrays['data']}, not of {_images_name(data_config)}: "
             "set eval.stats_path to another file and make it with --mode stats"
         )
-    pool_3 = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)
+    count = len(arrays["pool_3"])
+    pool_3 = arrays["pool_3"].reshape(count, -1)
     name, hash_ = (str(arrays.get(key, UNKNOWN)) for key in ("features_name", "features_hash"))
     digest = hashlib.sha256(np.ascontiguousarray(pool_3).data).hexdigest()[:16]
-    return Statistics(str(path), pool_3, digest, name, hash_)
+    return Statistics(str(path), pool_3, digest, count, name, hash_)
 
 
 def _images_name(data_config: Any) -> str:
@@ -316,10 +296,10 @@ def _images_name(data_config: Any) -> str:
 def compute_statistics(
     dataset: datasets.Dataset, data_config: Any, features: Features, path: Path, batch_size: int = 100
 ) -> Path:
-    """Writes the features of every training image, in order and as it is: 8 bits, no flip, no dequantisation.
+    """Writes the features of every training image, in order, in 8 bits, neither flipped nor dequantised.
 
-    Holds the N d features once. UserError if the file there is of other features, a public one for example: it may not
-    be possible to make it anew.
+    Holds the N d features once. UserError if `path` exists with other features, because nobody may be able to make
+    that file anew, if it is a public one for example.
     """
     if path.exists() and (old := load_statistics(path).features_hash) != features.hash:
         raise UserError(f"{path} exists, of features {old}, not {features.hash}: move it or set eval.stats_path")
@@ -332,11 +312,7 @@ def compute_statistics(
         pool_3[start:stop] = batch
         if 10 * stop // count > 10 * start // count:
             logging.info("features of the training images: %d of %d", stop, count)
-    text = {
-        "data": _images_name(data_config),
-        "features_name": features.name,
-        "features_hash": features.hash,
-        "resize": features.resize,
-    }
-    records.write_npz(path, pool_3=pool_3, **{key: np.array(value) for key, value in text.items()})
+    facts = _images_name(data_config), features.name, features.hash, features.resize
+    names = "data", "features_name", "features_hash", "resize"
+    records.write_npz(path, pool_3=pool_3, **dict(zip(names, map(np.array, facts), strict=True)))
     return path

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Likelihoods of a score model: exact under its probability flow ODE, and a variational bound under its SDE.
 
-Everything is per example and in nats until `bits_per_dim`. Notation: x_t = alpha x + sigma z, drift f(t) x, diffusion
+Values are per example, and in nats until `bits_per_dim`. Notation: x_t = alpha x + sigma z, drift f(t) x, diffusion
 g(t), score s, J = ds/dx, D = number of entries of one x, probe v with E[v v^T] = I.
 """
 
@@ -14,15 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from ode import STARTING_EVALUATIONS, adams_bashforth, rk45
-from sde_lib import SDE, ScoreFn, batch_mul
+from sde_lib import SDE, Batch, PerExample, ScoreFn, batch_mul, score_and_jacobian
 
-Batch = Float[Array, "B *shape"]
 Probes = Float[Array, "K B *shape"]
-PerExample = Float[Array, "B"]
 
 
 def probe(key: PRNGKeyArray, shape: tuple[int, ...], kind: str) -> Array | None:
-    """The v of Hutchinson's estimate tr J = E[v . J v]; None for 'exact', which needs none.
+    """Draws the v of Hutchinson's estimate tr J = E[v . J v]. Returns None for 'exact', which needs no probe.
 
     kind: 'rademacher' (entries +1 and -1, the least variance), 'gaussian' or 'exact'.
     """
@@ -35,31 +33,30 @@ def probes(keys: Shaped[Array, "B *key"], shape: tuple[int, ...], kind: str, cou
 
     Returns None if `kind` is 'exact', which needs no probe. See `probe` for the kinds.
     """
+    of_keys = jax.vmap(lambda key: probe(key, shape, kind))
     if count == 1 or kind == "exact":
-        return jax.vmap(lambda key: probe(key, shape, kind))(keys)
-    several = jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
-    return jax.vmap(jax.vmap(lambda key: probe(key, shape, kind)))(several)
+        return of_keys(keys)
+    return jax.vmap(of_keys)(jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys))
 
 
 def score_and_divergence(
     score_fn: ScoreFn, x: Batch, t: PerExample, probe: Batch | Probes | None
 ) -> tuple[Batch, PerExample]:
-    """s [B, ...] and v . J v [B] from one forward-mode pass; its mean over probes [K, B, ...]; tr J without a probe.
+    """s [B, ...] and an estimate of its divergence tr J [B], from one forward-mode pass.
 
-    The trace takes D tangents and B D^2 numbers: small D only. Examples are independent, so the derivative by one shift
-    of them all holds each one's own Jacobian.
+    The estimate is v . J v for a probe [B, ...], and its mean for K probes [K, B, ...]. Without a probe the trace is
+    exact; it takes D tangents and B D^2 numbers, so it is for small D only.
     """
+
+    def score_at(x):
+        return score_fn(x, t)
+
     if probe is None:
-
-        def shifted(delta):
-            score = score_fn(x + delta, t)
-            return score, score
-
-        jacobian, score = jax.jacfwd(shifted, has_aux=True)(jnp.zeros_like(x[0]))
-        return score, jnp.trace(jacobian.reshape(x.shape[0], x[0].size, -1), axis1=1, axis2=2)
+        score, jacobian = score_and_jacobian(score_at, x)
+        return score, jnp.trace(jacobian, axis1=1, axis2=2)
 
     def directional(v):
-        score, jv = jax.jvp(lambda x: score_fn(x, t), (x,), (v,))
+        score, jv = jax.jvp(score_at, (x,), (v,))
         return score, _inner(v, jv)
 
     if probe.ndim == x.ndim:
@@ -83,16 +80,16 @@ def ode_log_likelihood(
 
     dx/dt = f x - g^2 s / 2 from x at eps to z at T;  log p(x) = log prior(z) + integral of (D f - g^2 tr J / 2) dt.
 
-    With a probe, fixed over the solve, tr J is v . J v, and the mean over probes is log p(x); K probes are averaged at
-    every evaluation. The part D f is exact either way. The second of a step's six stages takes s alone: neither the
-    result nor the error estimate reads the divergence there (`ode.rk45`).
+    `score_and_divergence` estimates tr J with the probe, which stays the same over the solve. The mean of the result
+    over probes is log p(x). The second of a step's six stages takes s alone: neither the result nor the error estimate
+    reads the divergence there (`ode.rk45`).
 
     Args:
-        rtol, atol: of one step's error in the state, which is x and log p.
+        rtol, atol: tolerances of one step's error in the state, which is x and log p.
 
     Returns:
-        log p(x) in nats [B], z [B, ...], evaluations of the score [B]. An example that the solver gave up on has NaN
-        for log p(x) and z (see `ode.rk45`).
+        log p(x) in nats [B], z [B, ...], evaluations of the score [B]. log p(x) and z are NaN for an example that the
+        solver gave up on (see `ode.rk45`).
     """
     dim = math.prod(x.shape[1:])
 
@@ -120,28 +117,28 @@ def even_grid_log_likelihood(
     eps: float = 1e-5,
     data_std: float = 0.25,
 ) -> tuple[PerExample, Batch, Int[Array, "B"], PerExample]:
-    """`ode_log_likelihood` by `ode.adams_bashforth`, in `steps` steps even in log-SNR, for which it takes no tolerance.
+    """The density of `ode_log_likelihood` by `ode.adams_bashforth`, in `steps` steps that are even in log-SNR.
 
-    A network's score is rough in t, by its embedding of the time, and its divergence more so. An adaptive solver has to
-    resolve that, or errs by it; an even grid averages it out (benchmarks/README.md, "Likelihood").
+    The embedding of the time makes a network's score rough in t, and its divergence more so. An adaptive solver has to
+    resolve this roughness, or errs by it. An even grid averages it out (benchmarks/README.md, "Likelihood").
 
-    It steps in w = x / c over u = log(sigma / (alpha S)), which is -log_snr / 2 - log S. With S = data_std and c^2 =
-    alpha^2 + sigma^2 / S^2, c S is the deviation at t of Gaussian data of deviation S, so w keeps the size of the data
-    at every noise level. Since g^2 / 2 dt = sigma^2 du, the ODE is that of the score over the Gaussian's,
+    The solver steps in w = x / c over u = log(sigma / (alpha S)) = -log_snr / 2 - log S, with S = data_std and c^2 =
+    alpha^2 + sigma^2 / S^2. At t, c S is the deviation of Gaussian data of deviation S, so w keeps the size of the data
+    at every noise level. Since g^2 / 2 dt = sigma^2 du, the ODE is
 
         dw/du = -sigma^2 r(x, t) / c,  r = s + x / (c S)^2,
-        log p(x) = log prior(z) + D log(c(T) / c(eps)) - integral of sigma^2 tr(dr/dx) du,
+        log p(x) = log prior(z) + D log(c(T) / c(eps)) - integral of sigma^2 tr(dr/dx) du.
 
-    and for such data there is nothing to integrate. The density does not depend on S.
+    The residual r is the score less the Gaussian's; it is 0 for such data. The density does not depend on S.
 
     Args:
         steps: an even number, 4 or more; UserError for another.
         data_std: S, about the standard deviation of x.
 
     Returns:
-        log p(x) in nats [B], z [B, ...], evaluations of the score [B], and by how much log p(x) would change if every
-        other evaluation were left out [B]. That is about the error that a rough score makes; the error of the formula
-        for a smooth score is not in it. An example that is not finite is NaN throughout.
+        log p(x) in nats [B], z [B, ...], evaluations of the score [B], and the change of log p(x) if every other
+        evaluation were left out [B]. This change is about the error from the roughness of the score. It does not
+        contain the formula's error for a smooth score. An example that is not finite is NaN throughout.
     """
     dim = math.prod(x.shape[1:])
 
@@ -186,13 +183,13 @@ def likelihood_bound(
     """An unbiased estimate of a lower bound, in nats [B], on the log density of x under the reverse SDE.
 
     log p(x) >= E log prior(x_T) - integral from eps to T of E[`bound_integrand`] dt - E[`bound_offset`]
-    (Song et al. 2021, arXiv 2101.09258, theorem 3). One draw of the noises at T and eps, `num_time_samples` in between.
+    (Song et al. 2021, arXiv 2101.09258, theorem 3). The noises at T and eps are drawn once.
 
     Args:
-        keys: one for each example, whose draws are a function of its key alone.
-        num_time_samples: independent times, each with its own noise; a time costs one evaluation of the score.
-        importance_weighting: times uniform in log-SNR, which has less variance, instead of uniform in [eps, T].
-        denoising: the denoising form; otherwise the sliced form, with a probe of `hutchinson_type`.
+        keys: one key for each example. An example's draws are a function of its key alone.
+        num_time_samples: number of independent times, each with its own noise and one evaluation of the score.
+        importance_weighting: draws times uniform in log-SNR, with less variance, instead of uniform in [eps, T].
+        denoising: takes the denoising form instead of the sliced form, which has a probe of `hutchinson_type`.
         offset: accounts for starting at eps and not at 0.
     """
     shape = x.shape[1:]
@@ -204,13 +201,13 @@ def likelihood_bound(
         v = None if denoising else probe(probe_key, shape, hutchinson_type)
         return jax.random.uniform(u_key), jax.random.normal(noise_key, shape), v
 
-    def add_sample(total, number):
+    def add_sample(number, total):
         u, noise, v = jax.vmap(lambda key: draw(jax.random.fold_in(key, number)))(time_keys)
         t = sde.time(u, eps, importance_weighting)
         integrand = bound_integrand(sde, score_fn, x, t, noise, v, denoising=denoising)
-        return total + integrand * sde.inverse_time_density(t, eps, importance_weighting), None
+        return total + integrand * sde.inverse_time_density(t, eps, importance_weighting)
 
-    total, _ = jax.lax.scan(add_sample, jnp.zeros(x.shape[0], x.dtype), jnp.arange(num_time_samples))
+    total = jax.lax.fori_loop(0, num_time_samples, add_sample, jnp.zeros(x.shape[0], x.dtype))
     bound = bound_prior(sde, x, normal(prior_keys)) - total / num_time_samples
     if offset:
         bound -= bound_offset(sde, score_fn, x, normal(offset_keys), eps)
@@ -222,8 +219,8 @@ def bound_integrand(
 ) -> PerExample:
     """g^2 / 2 (|s - grad log p_0t|^2 - |grad log p_0t|^2) - D f at x_t = alpha x + sigma z, for z = noise; nats [B].
 
-    Since grad log p_0t = -z / sigma, the bracket is |s|^2 + 2 s . z / sigma, where no large numbers cancel. In the
-    sliced form it is |s|^2 + 2 tr J, of the same mean by integration by parts (probe: see `score_and_divergence`).
+    Since grad log p_0t = -z / sigma, the bracket is |s|^2 + 2 s . z / sigma, where no large numbers cancel. The sliced
+    form is |s|^2 + 2 tr J; integration by parts gives it the same mean. See `score_and_divergence` for the probe.
     """
     mean, std = sde.marginal_prob(x, t)
     x_t = mean + batch_mul(std, noise)
@@ -243,10 +240,10 @@ def bound_prior(sde: SDE, x: Batch, noise: Batch) -> PerExample:
 
 
 def bound_offset(sde: SDE, score_fn: ScoreFn, x: Batch, noise: Batch, eps: float) -> PerExample:
-    """-log q(x | x_eps) - H[x_eps | x], nats [B]: what the bound on log p(x_eps) lacks to one on log p(x).
+    """-log q(x | x_eps) - H[x_eps | x], nats [B]: the bound on log p(x_eps) less this is a bound on log p(x).
 
-    The decoder q is N((x_eps + sigma^2 s) / alpha, (sigma / alpha)^2 I). At x_eps = alpha x + sigma z, z = noise, this
-    is |z + sigma s|^2 / 2 - D / 2 - D log alpha.
+    The decoder q is N((x_eps + sigma^2 s) / alpha, (sigma / alpha)^2 I). At x_eps = alpha x + sigma z, z = noise, the
+    value is |z + sigma s|^2 / 2 - D / 2 - D log alpha.
     """
     t = jnp.full(x.shape[0], eps, x.dtype)
     mean, std = sde.marginal_prob(x, t)
@@ -255,10 +252,10 @@ def bound_offset(sde: SDE, score_fn: ScoreFn, x: Batch, noise: Batch, eps: float
 
 
 def bits_per_dim(logp: PerExample, dim: int, inverse_scaler: Callable[[Array], Array]) -> PerExample:
-    """Bits per dimension of 8-bit data from the log density, in nats, of scaled data.
+    """Bits per dimension of 8-bit data from the log density, in nats, of the scaled data.
 
     bpd = -log p / (D ln 2) + 8 + log2(d inverse_scaler / dx): the constant is 8 for data in [0, 1] and 7 for [-1, 1].
-    The inverse scaler takes the model's data to [0, 1] and must be affine.
+    The inverse scaler is affine and takes the model's data to [0, 1].
     """
     slope = jax.grad(inverse_scaler)(0.0)
     return -logp / (dim * math.log(2)) + 8 + jnp.log2(slope)

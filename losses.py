@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Denoising score matching of orders 1, 2 and 3 (Lu et al. 2022, arXiv 2206.08265), per example, and the training step.
 
-Notation of the paper: x = alpha x0 + sigma z, s = s_theta(x, t), J = ds/dx, v a probe with E[v v^T] = I, D dimensions,
-c = z + sigma sg(s) with sg = stop-gradient. Every loss is scaled by the power of sigma that keeps it O(1) at all t.
+The notation is the paper's: x = alpha x0 + sigma z, s = s_theta(x, t), J = ds/dx, v a probe with E[v v^T] = I, D the
+number of dimensions, c = z + sigma sg(s), sg the stop-gradient. A power of sigma keeps every loss O(1) at all t.
 """
 
 import math
@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from errors import UserError
-from sde_lib import SDE, ScoreFn, batch_mul
+from sde_lib import SDE, Batch, PerExample, ScoreFn, batch_mul, score_and_jacobian
 
 PyTree = Any
 # (params, model_state, dropout keys [B]) -> score function
@@ -28,69 +28,55 @@ sg = jax.lax.stop_gradient
 
 
 class DSMLosses(NamedTuple):
-    """The terms of the objective, each [B] and unweighted; a term above the requested order is 0.
+    """The terms of the objective, each [B] and without its weight. A term above the requested order is 0.
 
-    In the exact form the whole second order stands in `second_frobenius`.
+    In the exact form `second_frobenius` holds the whole second order.
     """
 
-    first: Float[Array, "B"]
-    second_trace: Float[Array, "B"]
-    second_frobenius: Float[Array, "B"]
-    third: Float[Array, "B"]
+    first: PerExample
+    second_trace: PerExample
+    second_frobenius: PerExample
+    third: PerExample
 
 
 def _inner(a: Float[Array, "B D"], b: Float[Array, "B D"]) -> Float[Array, "B 1"]:
     return jnp.sum(a * b, axis=-1, keepdims=True)
 
 
-def _probe_derivatives(score: Callable[[Array], Array], x: Array, v: Array, order: int):
-    """s, J v [B, D] and, at order 3, grad_x (v . J v) [B, D], out of one pass; what the order does not need is None."""
-    if order == 1:
-        return score(x), None, None
+def _probe_derivatives(score, x, v, order):
+    """s, J v and grad_x (v . J v), each [B, D]; None for what the order does not need."""
 
     def directional(x):
         s, jv = jax.jvp(score, (x,), (v,))
         return jnp.sum(v * jv), (s, jv)
 
-    if order == 2:
-        _, (s, jv) = directional(x)
-        return s, jv, None
-    grad_vjv, (s, jv) = jax.grad(directional, has_aux=True)(x)
-    return s, jv, grad_vjv
+    return _derivatives(score, directional, x, order)
 
 
-def _exact_derivatives(score: Callable[[Array], Array], x: Array, order: int):
-    """s [B, D], J [B, D, D] and, at order 3, grad_x tr J [B, D]; what the order does not need is None."""
-    if order == 1:
-        return score(x), None, None
+def _exact_derivatives(score, x, order):
+    """s [B, D], J [B, D, D] and grad_x tr J [B, D]; None for what the order does not need."""
 
-    def jacobian(x):
-        # One shift common to the whole batch: examples are independent, so its Jacobian holds each example's own.
-        def shifted(shift):
-            s = score(x + shift)
-            return s, s
-
-        jac, s = jax.jacfwd(shifted, has_aux=True)(jnp.zeros(x.shape[1:], x.dtype))
+    def trace(x):
+        s, jac = score_and_jacobian(score, x)
         return jnp.sum(jnp.trace(jac, axis1=1, axis2=2)), (s, jac)
 
+    return _derivatives(score, trace, x, order)
+
+
+def _derivatives(score, form, x, order):
+    """s, its first derivatives and the gradient of the first value of `form`: x -> (scalar, (s, derivatives))."""
+    if order == 1:
+        return score(x), None, None
     if order == 2:
-        _, (s, jac) = jacobian(x)
-        return s, jac, None
-    grad_trace, (s, jac) = jax.grad(jacobian, has_aux=True)(x)
-    return s, jac, grad_trace
+        return *form(x)[1], None
+    gradient, (s, first) = jax.grad(form, has_aux=True)(x)
+    return s, first, gradient
 
 
 def dsm_losses(
-    sde: SDE,
-    score_fn: ScoreFn,
-    x0: Float[Array, "B *shape"],
-    t: Float[Array, "B"],
-    z: Float[Array, "B *shape"],
-    v: Float[Array, "B *shape"] | None,
-    order: int,
-    exact: bool = False,
+    sde: SDE, score_fn: ScoreFn, x0: Batch, t: PerExample, z: Batch, v: Batch | None, order: int, exact: bool = False
 ) -> DSMLosses:
-    """The denoising score matching losses up to `order` (Lu et al. 2022, section 4), per example.
+    """Computes the denoising score matching losses up to `order` (Lu et al. 2022, section 4), per example.
 
     first = mean_D (sigma s + z)^2
     second_trace = ((sigma^2 v.Jv + v.v - (c.v)^2) / D)^2
@@ -104,7 +90,7 @@ def dsm_losses(
     Args:
         score_fn: must treat the examples of the batch independently, as networks without batch normalisation do.
         x0: clean data. t: times in (0, T]. z: the noise of the forward process.
-        v: probe with E[v v^T] = I; Rademacher in the paper. Not used, and may be None, at order 1 and if `exact`.
+        v: probe with E[v v^T] = I; Rademacher in the paper. May be None at order 1 and if `exact`, which do not use it.
     Raises:
         ValueError: order other than 1, 2, 3, or no probe where one is needed.
     """
@@ -134,7 +120,7 @@ def dsm_losses(
 
 
 def _probe_losses(sigma, c, v, jv, grad_vjv):
-    """second_trace, second_frobenius and third, [B] each; None where the derivative is None."""
+    """second_trace, second_frobenius and third, each [B], or None if their derivative is None."""
     if jv is None:
         return None, None, None
     dim = c.shape[-1]
@@ -143,14 +129,12 @@ def _probe_losses(sigma, c, v, jv, grad_vjv):
     second_frobenius = jnp.mean(jnp.square(sigma**2 * jv + v - cv * c), axis=-1) / dim
     if grad_vjv is None:
         return second_trace, second_frobenius, None
-    residual = (
-        sigma**3 * grad_vjv + cv**2 * c - (sigma**2 * sg(vjv) + vv) * c - 2 * cv * (sigma**2 * sg(jv) + v)
-    )  # [B, D]
+    residual = sigma**3 * grad_vjv + cv**2 * c - (sigma**2 * sg(vjv) + vv) * c - 2 * cv * (sigma**2 * sg(jv) + v)
     return second_trace, second_frobenius, jnp.mean(jnp.square(residual), axis=-1) / dim**2
 
 
 def _exact_losses(sigma, c, jac, grad_trace):
-    """second and third, [B] each; None where the derivative is None."""
+    """second_frobenius and third, each [B], or None if their derivative is None."""
     if jac is None:
         return None, None
     dim = c.shape[-1]
@@ -167,15 +151,15 @@ def _exact_losses(sigma, c, jac, grad_trace):
 class Draws(NamedTuple):
     """The randomness of the loss of a batch."""
 
-    t: Float[Array, "B"]
-    z: Float[Array, "B *shape"]
-    v: Float[Array, "B *shape"]
+    t: PerExample
+    z: Batch
+    v: Batch
 
 
 def draw(
     sde: SDE, key: PRNGKeyArray, index: Int[Array, "B"], shape: tuple[int, ...], *, eps: float, importance: bool
 ) -> Draws:
-    """Time, noise and Rademacher probe of each example: a function of (key, index) alone, whatever the device."""
+    """Draws time, noise and Rademacher probe of each example as a function of (key, index) alone, on any device."""
 
     def draw_one(i):
         t_key, z_key, v_key = jax.random.split(jax.random.fold_in(key, i), 3)
@@ -192,12 +176,12 @@ Weighting = Callable[[SDE, Array], Array]
 Term = Callable[[SDE, ScoreFn, Array, Draws], Array]
 
 
-def uniform_weight(sde: SDE, t: Float[Array, "B"]) -> Float[Array, "B"]:
-    """1. Also where t already has the density g^2 / sigma^2, by importance weighting."""
+def uniform_weight(sde: SDE, t: PerExample) -> PerExample:
+    """1. It also serves importance weighting, where t already has a density proportional to g^2 / sigma^2."""
     return jnp.ones_like(t)
 
 
-def likelihood_weight(sde: SDE, t: Float[Array, "B"]) -> Float[Array, "B"]:
+def likelihood_weight(sde: SDE, t: PerExample) -> PerExample:
     """g^2 / sigma^2 (Song et al. 2021, arXiv 2101.09258)."""
     return sde.diffusion_sq(t) / jnp.square(sde.sigma(t))
 
@@ -205,13 +189,13 @@ def likelihood_weight(sde: SDE, t: Float[Array, "B"]) -> Float[Array, "B"]:
 # A new weighting: one function and its line here. Its name is a value of `training.weighting`.
 WEIGHTINGS: dict[str, Weighting] = {"uniform": uniform_weight, "likelihood": likelihood_weight}
 
-# A further term, a fourth order for one: a function and its line here, name -> function. Its factor in the objective is
-# the key `training.<name>_weight`; at 0 it is not computed. (Orders 1 to 3 share their derivatives: `dsm_losses`.)
+# A further term is one function and its line here. Its factor in the objective is the key `training.<name>_weight`; at
+# 0 the term is not computed. Orders 1 to 3 are not here because they share their derivatives: `dsm_losses`.
 TERMS: dict[str, Term] = {}
 
 
 def get_weighting(training_config: Any) -> Weighting:
-    """The one that `config.training` names or, by `likelihood_weighting`, asks for. UserError if it is unknown."""
+    """Returns the weighting of the first order. Raises UserError if `config.training` names an unknown one."""
     by_likelihood = training_config.likelihood_weighting and not training_config.importance_weighting
     name = training_config.weighting or ("likelihood" if by_likelihood else "uniform")
     if name not in WEIGHTINGS:
@@ -220,11 +204,11 @@ def get_weighting(training_config: Any) -> Weighting:
 
 
 def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfParams) -> LossFn:
-    """The training objective named by `config.training`: mean over the batch of w L1 + w2 L2 + w3 L3 + further terms.
+    """Makes the training objective of `config.training`: the batch mean of w L1 + w2 L2 + w3 L3 + further terms.
 
     Returns a function of (params, model_state, x0 [B, ...], index [B], key) to the scalar mean loss and the terms [B]:
-    `loss`, `first` (with its weight w), `second` and `third` (without w2, w3), and those of TERMS that have a factor
-    (without it).
+    `loss`, `first` (with its weight w), `second` and `third` (without w2, w3), and the members of TERMS whose factor is
+    not 0 (without it).
     """
     order = training_config.score_matching_order
     weighting, eps = get_weighting(training_config), training_config.smallest_time
@@ -255,7 +239,7 @@ def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfPar
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes. Randomness is a function of the step: `fold_in(key, step)`."""
+    """Everything that training changes. The randomness of a step is `fold_in(key, step)`."""
 
     step: Any  # int32 []; with a leading axis of devices inside the loop, numpy when saved
     params: PyTree
@@ -266,30 +250,22 @@ class TrainState:
 
 
 def get_optimizer(optim_config: Any) -> optax.GradientTransformation:
-    """Adam with linear warm-up, after clipping the gradient by its GLOBAL norm (negative `grad_clip`: no clipping).
+    """Adam with linear warm-up, after clipping the gradient by its GLOBAL norm. A negative `grad_clip` does not clip.
 
-    The learning rate is lr min(step / warmup, 1), so 0 at the very first step, as in the public code.
+    The learning rate is lr min(step / warmup, 1), so it is 0 at the very first step, as in the public code.
     """
-    clip = optax.clip_by_global_norm(optim_config.grad_clip) if optim_config.grad_clip >= 0 else optax.identity()
-    lr, warmup = optim_config.lr, optim_config.warmup
-    schedule = optax.linear_schedule(0.0, lr, warmup) if warmup else optax.constant_schedule(lr)
-    adam = optax.adamw(
-        schedule,
-        b1=optim_config.beta1,
-        b2=optim_config.beta2,
-        eps=optim_config.eps,
-        weight_decay=optim_config.weight_decay,
-    )
-    return optax.chain(clip, adam)
+    c = optim_config
+    clip = optax.clip_by_global_norm(c.grad_clip) if c.grad_clip >= 0 else optax.identity()
+    schedule = optax.linear_schedule(0.0, c.lr, c.warmup) if c.warmup else optax.constant_schedule(c.lr)
+    return optax.chain(clip, optax.adamw(schedule, c.beta1, c.beta2, c.eps, weight_decay=c.weight_decay))
 
 
 def _mean_over_parts(fun: Callable[..., PyTree], num_parts: int, *arrays: Array) -> PyTree:
-    """Mean of `fun` over `num_parts` equal parts of arrays [B, ...], one after another: the memory is that of one."""
+    """Mean of `fun` over `num_parts` equal parts of arrays [B, ...], taken one after another in the memory of one."""
     if num_parts == 1:
         return fun(*arrays)
     parts = [x.reshape(num_parts, -1, *x.shape[1:]) for x in arrays]
-    shapes = jax.eval_shape(fun, *(x[0] for x in parts))
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(fun, *(x[0] for x in parts)))
     total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, fun(*part)), None), zeros, parts)
     return jax.tree.map(lambda x: x / num_parts, total)
 
@@ -301,13 +277,13 @@ def get_step_fn(
     axis_name: str | None = "batch",
     num_microbatches: int = 1,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
-    """One optimiser step (state, x0 [B, ...]) -> (state, metrics), to be scanned inside a pmap over `axis_name`.
+    """Makes one optimiser step (state, x0 [B, ...]) -> (state, metrics), to be scanned in a pmap over `axis_name`.
 
     Metrics are scalars: the batch means of the loss terms, `grad_norm` before clipping and `skipped`. An example's
     randomness follows from the step and its place in the global batch, so the number of devices does not change the
     result. A step whose loss or gradient is not finite changes nothing but `step`; `skipped` is then 1, else 0.
-    `num_microbatches`, a divisor of B, parts are differentiated one after another, in the memory of one; their mean is
-    the gradient of the whole batch.
+    The gradient of the batch is the mean over `num_microbatches` parts, a divisor of B, taken one after another in the
+    memory of one.
     """
 
     def step_fn(state, x0):

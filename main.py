@@ -18,14 +18,14 @@ from configs.check import check_config, check_key, flatten, load_config
 from errors import UserError
 from runtime import console, usage
 
-# jax, and all that needs it, is imported once the flags are known to be right: --help and a wrong flag do not wait.
+# jax, and all that needs it, is imported after the flags are checked: --help and a wrong flag do not wait for it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here; its start-up notes help nobody
 
 FLAGS = flags.FLAGS
 
 
 class ConfigFile(flags.ArgumentParser):
-    """`load_config`, whose complaints are one line, in place of ml_collections' own loading."""
+    """Reads the flag by `load_config`, whose complaints are one line, not by ml_collections' own loading."""
 
     def parse(self, argument: str):
         return load_config(argument).lock()
@@ -34,12 +34,7 @@ class ConfigFile(flags.ArgumentParser):
 config_flags.DEFINE_config_file("config", None, "Config file; override a key with --config.a.b=c.")
 FLAGS["config"].parser = ConfigFile()
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, samples, results.")
-flags.DEFINE_enum(
-    "mode",
-    None,
-    list(usage.MODES),
-    "What to do with the model.",
-)
+flags.DEFINE_enum("mode", None, list(usage.MODES), "What to do with the model.")
 flags.DEFINE_string("eval_folder", "eval", "Folder under workdir for the results of --mode eval.")
 flags.DEFINE_string("deq_folder", "flowpp_dequantizer", "Folder under workdir of the variational dequantiser.")
 flags.DEFINE_string("coordinator_address", None, "Several hosts: address:port of the first. SLURM, TPU: not needed.")
@@ -50,7 +45,7 @@ flags.mark_flags_as_required(["config", "mode"])
 
 
 def log_config() -> None:
-    """The config file, and what the command line changes of it."""
+    """Logs the config file and the keys that the command line changes."""
     flag = FLAGS["config"]
     path, overrides = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
     in_file = flatten(load_config(path)) if overrides else {}
@@ -97,19 +92,19 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, with one line in place of a traceback where a config file or an override is wrong.
+    """Parses the flags by absl. Raises UserError where a config file, an override or another flag is wrong.
 
-    Answers --help (not --helpfull, which stays absl's) with this project's own text and ends the program.
+    It answers --help with this project's own text and ends the program; --helpfull stays absl's.
     """
     if {"--help", "-help", "-h"} & set(argv[1:]):
         ours = FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("mode"))
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader who has enough (`| head`) ends it in silence
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program without a traceback
         described = {f.name: f.help + (f" [{f.default}]" if f.default is not None else "") for f in ours}
         print(usage.help_text(described, Path(__file__).parent))
         sys.exit(0)
     try:
         return FLAGS(argv)
-    except (KeyError, AttributeError) as error:  # ml_collections' answer to an override of a key that is not there
+    except (KeyError, AttributeError) as error:  # ml_collections raises them for an override of an unknown key
         for argument in argv:
             if argument.startswith("--config."):
                 check_key(argument.removeprefix("--config.").partition("=")[0])
@@ -122,7 +117,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _abandon(message: str, error: Exception | None = None) -> None:
-    """`hosts.abandon`, if this process has come as far as joining others."""
+    """Calls `hosts.abandon` if this process may have joined others."""
     if "runtime.hosts" in sys.modules:
         from runtime import hosts
 
@@ -133,24 +128,19 @@ _FAULTS_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, er
 
 
 def one_line(fn):
-    """Ends the program with one line and exit code 1 where the input is at fault; other errors keep their traceback."""
+    """Makes `fn` exit with one line and code 1 if the input is at fault. Other errors keep their traceback."""
 
     def wrapped(argv):
         try:
             return fn(argv)
         except UserError as error:
             line = f"error: {error}"
-        except OSError as error:
-            if error.errno not in _FAULTS_OF_THE_DISK:
-                _abandon(traceback.format_exc())
-                raise
-            where = error.filename or "a file of the run"
-            line = (
-                f"error: {where} cannot be written: {error.strerror}; make room or the folder writable, and run again"
-            )
         except Exception as error:
-            _abandon(traceback.format_exc(), error)
-            raise
+            if not isinstance(error, OSError) or error.errno not in _FAULTS_OF_THE_DISK:
+                _abandon(traceback.format_exc(), error)
+                raise
+            what = f"{error.filename or 'a file of the run'} cannot be written: {error.strerror}"
+            line = f"error: {what}; make room or the folder writable, and run again"
         _abandon(line)
         sys.exit(line)
 

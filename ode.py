@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive Runge-Kutta 4(5) on the device, one step size per example; and Adams-Bashforth on an even grid.
+"""Adaptive Runge-Kutta 4(5) on the device, with a step size for each example, and Adams-Bashforth on an even grid.
 
-Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae". Starting step and step control: Hairer, Norsett &
-Wanner, "Solving Ordinary Differential Equations I", sec. II.4, with the constants and so the steps of
-`scipy.integrate.RK45`. No dense output, no events, no gradient through the solver.
+The formulae are those of Dormand & Prince 1980, "A family of embedded Runge-Kutta formulae". Hairer, Norsett & Wanner,
+"Solving Ordinary Differential Equations I", sec. II.4, give starting step and step control. The constants and so the
+steps are those of `scipy.integrate.RK45`. There is no dense output, no event and no gradient through the solver.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from errors import UserError
 
 SAFETY, MIN_FACTOR, MAX_FACTOR = 0.9, 0.2, 10.0
 SUCCESS, STEP_LIMIT, BREAKDOWN = 0, 1, 2
-STARTING_EVALUATIONS = 11  # of `adams_bashforth`, beside one a step
+STARTING_EVALUATIONS = 11  # `adams_bashforth` adds them to its one a step
 
-# Stages 2 to 7 of the tableau. The last row is b as well: stage 7 is the next step's stage 1 (FSAL).
+# Stages 2 to 7 of the tableau. The last row is also b: stage 7 is the next step's stage 1 (FSAL).
 NODES = np.array([1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])
 STAGES = np.array(
     [
@@ -36,13 +36,15 @@ STAGES = np.array(
 )
 ERROR = np.array([-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40])
 
-Flow = Callable[[Float[Array, "B"], Float[Array, "B n"]], Float[Array, "B n"]]
+Rows = Float[Array, "B n"]
+Derivative = Callable[[Float[Array, "B"], Any], Any]  # (t [B], y) -> dy/dt with the structure of y
+Flow = Callable[[Float[Array, "B"], Rows], Rows]
 
 
 class Stats(NamedTuple):
-    """Per example: evaluations of the right-hand side, steps taken, steps tried in vain, and how it ended.
+    """Evaluations of the right-hand side, steps taken, steps tried in vain and how it ended, each per example.
 
-    status: 0 reached t1; 1 the step limit came first; 2 a state that is not finite, or a step below the spacing of t.
+    status: 0 at t1; 1 at the step limit; 2 at a state that is not finite, or a step below the spacing of t.
     """
 
     nfe: Int[Array, "B"]
@@ -63,7 +65,7 @@ class _Loop(NamedTuple):
 
 
 def rk45(
-    fun: Callable[[Float[Array, "B"], Any], Any],
+    fun: Derivative,
     y0: Any,
     t0: ArrayLike,
     t1: ArrayLike,
@@ -71,20 +73,20 @@ def rk45(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 20_000,
-    second_stage: Callable[[Float[Array, "B"], Any], Any] | None = None,
+    second_stage: Derivative | None = None,
 ) -> tuple[Any, Stats]:
     """Solves dy/dt = fun(t, y), y(t0) = y0, up to t1 for a batch of independent examples.
 
-    An example has its own t, h and acceptance: neighbours do not touch its result, and the slowest ends the loop.
+    Every example has its own t, h and acceptance, so its neighbours do not change its result.
 
     Args:
         fun: (t [B], y) -> dy/dt with the structure of y. Row i may depend on t[i] and row i of y only.
         y0: a pytree of float arrays, each [B, ...].
         t0, t1: scalars or [B]; t1 may lie before t0.
-        rtol, atol: of the error of one step, see `_trial`.
+        rtol, atol: tolerances of the error of one step, see `_trial`.
         max_steps: limit on accepted + rejected steps of one example.
-        second_stage: taken for `fun` at the second stage of every step. That stage has weight 0 in y_new and in the
-            error, so entries of y that no derivative depends on need none there: give 0, and save their work.
+        second_stage: replaces `fun` at the second stage of every step. That stage has weight 0 in y_new and in the
+            error, so it may return 0 for the entries of y that no derivative depends on, and save their work.
 
     Returns:
         y(t1) in the structure of y0, and Stats with nfe = 2 + 6 (accepted + rejected). A failed example (status not 0)
@@ -92,17 +94,13 @@ def rk45(
     """
     y, t, t1, unravel = _flat(y0, t0, t1)
 
-    def flow_of(fun):
-        return lambda t, y: jax.vmap(_ravel)(fun(t, unravel(y)))
-
     def running(loop):
         return (loop.status == SUCCESS) & (loop.t != t1) & (loop.accepted + loop.rejected < max_steps)
 
-    flow = flow_of(fun)
-    f, h = _starting_step(flow, t, y, t1, rtol, atol)
+    flows = _on_rows(fun, unravel), _on_rows(second_stage, unravel) if second_stage else None
+    f, h = _starting_step(flows[0], t, y, t1, rtol, atol)
     zero = jnp.zeros(t.shape, jnp.int32)
     status = jnp.where(_finite(y) & _finite(f), zero, BREAKDOWN)
-    flows = flow, flow_of(second_stage) if second_stage else None
     end = jax.lax.while_loop(
         lambda loop: jnp.any(running(loop)),
         lambda loop: _trial(flows, loop, running(loop), t1, rtol, atol),
@@ -113,32 +111,27 @@ def rk45(
     return unravel(y1), Stats(2 + 6 * (end.accepted + end.rejected), end.accepted, end.rejected, status)
 
 
-def adams_bashforth(
-    fun: Callable[[Float[Array, "B"], Any], Any], y0: Any, t0: ArrayLike, t1: ArrayLike, *, steps: int
-) -> tuple[Any, Any]:
-    """y(t1) of dy/dt = fun(t, y), y(t0) = y0, by the third-order Adams-Bashforth formula in even steps.
+def adams_bashforth(fun: Derivative, y0: Any, t0: ArrayLike, t1: ArrayLike, *, steps: int) -> tuple[Any, Any]:
+    """Solves dy/dt = fun(t, y), y(t0) = y0, by the third-order Adams-Bashforth formula in even steps.
 
-    One evaluation a step, and two Dormand-Prince steps to start with: `steps` + STARTING_EVALUATIONS in all (Hairer et
-    al., sec. III.1). For a fun that is rough in t: between the ends every evaluation has the same weight, so that the
-    error is that of an average over an even grid, where each step of `rk45` gives its six evaluations the weights 0.09,
-    0, 0.45, 0.65, -0.32 and 0.13.
+    It takes two Dormand-Prince steps, then one evaluation a step: `steps` + STARTING_EVALUATIONS in all (Hairer et al.,
+    sec. III.1). It suits a fun that is rough in t. Between the ends every evaluation has the same weight, so the error
+    is that of an average over an even grid. Each step of `rk45` gives its six evaluations the weights 0.09, 0, 0.45,
+    0.65, -0.32 and 0.13.
 
     Args:
         fun, y0, t0, t1: as for `rk45`.
         steps: an even number, 4 or more.
 
     Returns:
-        y(t1), and what the trapezoidal rule would add to it if every other evaluation were left out: the size of the
-        error, for entries of y that fun is rough in. Both in the structure of y0. A solve that diverges is not found
-        here; the latter is then large or not finite. Raises UserError for a number of steps that is not as above.
+        y(t1), and what the trapezoidal rule would add to it if every other evaluation were left out. The latter is the
+        size of the error for entries of y whose derivative is rough; it is large or not finite if the solve diverges.
+        Both have the structure of y0. Raises UserError for another number of steps.
     """
     if steps < 4 or steps % 2:
         raise UserError(f"an even grid takes an even number of steps, 4 or more, not {steps}")
     y, t, t1, unravel = _flat(y0, t0, t1)
-    h = (t1 - t) / steps
-
-    def flow(t, y):
-        return jax.vmap(_ravel)(fun(t, unravel(y)))
+    h, flow = (t1 - t) / steps, _on_rows(fun, unravel)
 
     def advance(state, n, y, f):
         _, recent, alternating = state
@@ -161,18 +154,23 @@ def adams_bashforth(
 
 
 def _flat(y0, t0, t1):
-    """y0 as [B, n], both times as [B], and the way back from [B, n]."""
+    """y0 as [B, n], both times as [B], and the function from [B, n] back to the structure of y0."""
     unravel = jax.vmap(ravel_pytree(jax.tree.map(lambda leaf: leaf[0], y0))[1])
     y = jax.vmap(_ravel)(y0)
     t0, t1 = (jnp.broadcast_to(jnp.asarray(time, y.dtype), y.shape[:1]) for time in (t0, t1))
     return y, t0, t1, unravel
 
 
+def _on_rows(fun, unravel):
+    """`fun` with y and its result as [B, n]."""
+    return lambda t, y: jax.vmap(_ravel)(fun(t, unravel(y)))
+
+
 def _trial(flows, loop, running, t1, rtol, atol):
     """One trial step of every running example; the others stay as they are.
 
-    norm = root mean square over the example's state of error / (atol + rtol max(|y|, |y_new|)); accepted if below 1.
-    The next h is h times 0.9 norm^(-1/5), that factor held within [0.2, 10], and to 1 right after a rejection.
+    norm = root mean square over the example's state of error / (atol + rtol max(|y|, |y_new|)). A norm below 1 accepts
+    the step. The next h is h times 0.9 norm^(-1/5); this factor is clipped to [0.2, 10], and to 1 after a rejection.
     """
     t, y, direction = loop.t, loop.y, jnp.sign(t1 - loop.t)
     min_step = 10 * jnp.abs(jnp.nextafter(t, direction * jnp.inf) - t) + jnp.finfo(t.dtype).tiny
@@ -203,17 +201,11 @@ def _trial(flows, loop, running, t1, rtol, atol):
 
 
 def dormand_prince_step(
-    fun: Flow,
-    t: Float[Array, "B"],
-    y: Float[Array, "B n"],
-    f: Float[Array, "B n"],
-    h: Float[Array, "B"],
-    *,
-    second_stage: Flow | None = None,
-) -> tuple[Float[Array, "B n"], Float[Array, "B n"], Float[Array, "B n"]]:
-    """One step of signed size h from (t, y) with f = fun(t, y): (y_new, fun(t + h, y_new), error estimate of y_new).
+    fun: Flow, t: Float[Array, "B"], y: Rows, f: Rows, h: Float[Array, "B"], *, second_stage: Flow | None = None
+) -> tuple[Rows, Rows, Rows]:
+    """One step of signed size h from (t, y), with f = fun(t, y) and `second_stage` as in `rk45`.
 
-    second_stage: see `rk45`.
+    Returns y_new, fun(t + h, y_new) and the error estimate of y_new.
     """
     h_column = h[:, None]
     nodes, stages, error = (jnp.asarray(table, y.dtype) for table in (NODES, STAGES, ERROR))
@@ -228,7 +220,7 @@ def dormand_prince_step(
     k = jnp.zeros((7, *y.shape), y.dtype).at[0].set(f)
     if second_stage:
         k = stage(0, k, second_stage)
-    # a loop, so that a large network is compiled once and not six times
+    # A loop compiles a large network once and not six times.
     k = jax.lax.fori_loop(1 if second_stage else 0, 6, stage, k)
     return y + combine(stages[5], k), k[6], combine(error, k)
 
@@ -245,7 +237,7 @@ def _starting_step(fun, t, y, t1, rtol, atol):
         h = jnp.minimum(jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1), span)
         return (f, h), (f, h)
 
-    # The first pass is an empty Euler step, for f0 and h0; the second gives f1. One loop, so one compiled copy of fun.
+    # The first pass is an empty Euler step for f0 and h0; the second gives f1. One loop compiles one copy of fun.
     _, (f, h) = jax.lax.scan(euler_then_guess, (jnp.zeros_like(y), jnp.zeros_like(t)), length=2)
     (f0, f1), h0 = f, h[0]
     d1, d2 = _rms(f0 / scale), _rms((f1 - f0) / scale) / h0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers: draws of a score model by solving its reverse process from the prior at T to eps."""
+"""Samplers: they solve the reverse process of a score model from the prior at T to eps."""
 
 import functools
 import math
@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from errors import UserError
 from ode import rk45
-from sde_lib import SDE, VESDE, VPSDE, ScoreFn, batch_mul, subVPSDE
+from sde_lib import SDE, VESDE, VPSDE, Batch, ScoreFn, batch_mul, subVPSDE
 
 # (score_fn, keys [B], one for each sample) -> (images [B, ...] as the inverse scaler gives them, evaluations [B])
 SamplingFn = Callable[[ScoreFn, Array], tuple[Array, Array]]
@@ -21,28 +21,26 @@ SamplingFn = Callable[[ScoreFn, Array], tuple[Array, Array]]
 def ode_sampler(
     sde: SDE,
     score_fn: ScoreFn,
-    z: Float[Array, "B *shape"],
+    z: Batch,
     *,
     eps: float = 1e-5,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    max_steps: int = 20_000,
     denoise: bool = True,
-) -> tuple[Float[Array, "B *shape"], Int[Array, "B"]]:
+) -> tuple[Batch, Int[Array, "B"]]:
     """Solves the probability flow ODE dx/dt = f x - g^2 s / 2 from z at T to x at eps (Song et al., arXiv 2011.13456).
 
-    Args:
-        denoise: ends with one reverse-diffusion step without noise, x - f_N(x) + G_N^2 s at eps, where f_N and G_N are
-            `sde.discretize`'s. It adds one evaluation of the score.
+    If `denoise`, one reverse-diffusion step without noise ends it: x - f_N(x) + G_N^2 s at eps, with f_N and G_N from
+    `sde.discretize`. The step is one more evaluation of the score.
 
-    Returns:
-        x [B, ...] on the model's scale, evaluations of the score [B]. An example that the solver gave up on is NaN.
+    Returns x [B, ...] on the model's scale and evaluations of the score [B]. An example that the solver gave up on is
+    NaN.
     """
 
     def flow(t, x):
         return sde.probability_flow(x, t, score_fn(x, t))
 
-    x, stats = rk45(flow, z, sde.T, eps, rtol=rtol, atol=atol, max_steps=max_steps)
+    x, stats = rk45(flow, z, sde.T, eps, rtol=rtol, atol=atol)
     if not denoise:
         return x, stats.nfe
     t = jnp.full(x.shape[0], eps, x.dtype)
@@ -57,7 +55,7 @@ Corrector = Callable[[SDE, ScoreFn, Array, Array, Array, float], tuple[Array, Ar
 
 
 def euler_maruyama(sde, score_fn, x, t, noise, probability_flow):
-    """Euler-Maruyama on the reverse SDE (or the probability flow), step T / N."""
+    """Euler-Maruyama on the reverse SDE or the probability flow, with step T / N."""
     drift, diffusion = sde.sde(x, t)
     share = 0.5 if probability_flow else 1.0
     x_mean = x - (drift - batch_mul(share * jnp.square(diffusion), score_fn(x, t))) / sde.N
@@ -74,8 +72,6 @@ def reverse_diffusion(sde, score_fn, x, t, noise, probability_flow):
 
 def ancestral_sampling(sde, score_fn, x, t, noise, probability_flow):
     """The ancestral step of DDPM (VP) and NCSN (VE) (Song et al. 2021, arXiv 2011.13456, appendix F)."""
-    if probability_flow:
-        raise UserError("sampling.predictor='ancestral_sampling' has no sampling.probability_flow=True; set it False")
     if isinstance(sde, VESDE):
         sigma, previous = sde.discrete_sigma_pair(t)
         x_mean = x + batch_mul(sigma**2 - previous**2, score_fn(x, t))
@@ -89,10 +85,10 @@ def ancestral_sampling(sde, score_fn, x, t, noise, probability_flow):
 
 
 def langevin(sde, score_fn, x, t, noise, snr, axis_name=None):
-    """Langevin step whose size is set by `snr` and the batch means of the norms of noise and score.
+    """Langevin step, whose size follows from `snr` and the norms of noise and score, each averaged over the batch.
 
-    So an example depends on the others of its batch, which may be spread over the devices of a pmap over `axis_name`
-    (Song et al. 2021, arXiv 2011.13456, algorithms 4 and 5).
+    An example so depends on the others of its batch. The batch may be spread over a pmap over `axis_name` (Song et al.
+    2021, arXiv 2011.13456, algorithms 4 and 5).
     """
     score = score_fn(x, t)
 
@@ -124,7 +120,7 @@ CORRECTORS: dict[str, Corrector | None] = {"langevin": langevin, "ald": annealed
 def pc_sampler(
     sde: SDE,
     score_fn: ScoreFn,
-    z: Float[Array, "B *shape"],
+    z: Batch,
     noise_fn: Callable[[Array], tuple[Array, Array]],
     *,
     predictor: Predictor | None,
@@ -134,17 +130,14 @@ def pc_sampler(
     probability_flow: bool = False,
     denoise: bool = True,
     eps: float = 1e-3,
-) -> tuple[Float[Array, "B *shape"], Int[Array, "B"]]:
+) -> tuple[Batch, Int[Array, "B"]]:
     """Predictor-corrector sampling from z at T to eps in `sde.N` steps (Song et al. 2021, arXiv 2011.13456, alg. 1).
 
-    Each step is `n_steps` of the corrector and one of the predictor, at times evenly spaced from T to eps.
+    Each step is `n_steps` of the corrector and one of the predictor, at times evenly spaced from T to eps. `denoise`
+    leaves out the noise of the very last update. `noise_fn` maps the step number [] to the standard normal noise of the
+    corrector [n_steps, B, ...] and the predictor [B, ...].
 
-    Args:
-        noise_fn: step number [] -> standard normal noise of the corrector [n_steps, B, ...] and the predictor [B, ...].
-        denoise: leaves out the noise of the very last update.
-
-    Returns:
-        x [B, ...] on the model's scale, evaluations of the score [B].
+    Returns x [B, ...] on the model's scale and evaluations of the score [B].
     """
     times = jnp.linspace(sde.T, eps, sde.N)
 
@@ -171,42 +164,37 @@ def get_sampling_fn(
     inverse_scaler: Callable[[Array], Array],
     axis_name: str | None = None,
 ) -> SamplingFn:
-    """The sampler that `config.sampling` asks for, of images of `shape` [H, W, C].
+    """Makes the sampler of images of `shape` [H, W, C] that `config.sampling` asks for.
 
-    A sample's randomness is a function of its key alone. axis_name: of the pmap that the batch is spread over, if any.
+    A sample's noise is a function of its key alone. If the batch is spread over a pmap, `axis_name` is its axis.
     """
-    method = sampling_config.method.lower()
-    # Read once: a config changed later does not change the sampler.
-    eps, rtol, atol, snr = (float(sampling_config[key]) for key in ("smallest_time", "rtol", "atol", "snr"))
-    denoise, flow, n_steps = (sampling_config[key] for key in ("noise_removal", "probability_flow", "n_steps_each"))
-
-    def prior(key):
-        return sde.prior_sampling(key, shape)
+    c = sampling_config
+    prior = jax.vmap(functools.partial(sde.prior_sampling, shape=shape))
 
     def sample_ode(score_fn, keys):
-        z = jax.vmap(prior)(keys)
-        x, nfe = ode_sampler(sde, score_fn, z, eps=eps, rtol=rtol, atol=atol, denoise=denoise)
+        options = {"eps": c.smallest_time, "rtol": c.rtol, "atol": c.atol, "denoise": c.noise_removal}
+        x, nfe = ode_sampler(sde, score_fn, prior(keys), **options)
         return inverse_scaler(x), nfe
 
-    if method == "ode":
+    if c.method == "ode":
         return sample_ode
-    predictor, corrector = PREDICTORS[sampling_config.predictor.lower()], CORRECTORS[sampling_config.corrector.lower()]
+    predictor, corrector = PREDICTORS[c.predictor.lower()], CORRECTORS[c.corrector.lower()]
     if corrector is langevin:
         corrector = functools.partial(langevin, axis_name=axis_name)
-    settings = {"snr": snr, "n_steps": n_steps, "probability_flow": flow, "denoise": denoise, "eps": eps}
+    steps = {"predictor": predictor, "corrector": corrector, "snr": c.snr, "n_steps": c.n_steps_each}
+    options = {"probability_flow": c.probability_flow, "denoise": c.noise_removal, "eps": c.smallest_time}
 
     def sample_pc(score_fn, keys):
         prior_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
 
         def noise_fn(i):
             def noise_of(key):
-                return jax.random.normal(jax.random.fold_in(key, i), (n_steps + 1, *shape))
+                return jax.random.normal(jax.random.fold_in(key, i), (c.n_steps_each + 1, *shape))
 
             noise = jax.vmap(noise_of, out_axes=1)(noise_keys)  # [n_steps + 1, B, ...]
             return noise[:-1], noise[-1]
 
-        z = jax.vmap(prior)(prior_keys)
-        x, nfe = pc_sampler(sde, score_fn, z, noise_fn, predictor=predictor, corrector=corrector, **settings)
+        x, nfe = pc_sampler(sde, score_fn, prior(prior_keys), noise_fn, **steps, **options)
         return inverse_scaler(x), nfe
 
     return sample_pc

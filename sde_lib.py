@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The diffusion processes: x_t = alpha(t) x_0 + sigma(t) z, with z ~ N(0, I) and t in [0, 1].
 
-A process is its two functions log alpha(t) and sigma(t) and the standard deviation of its prior. Drift, diffusion,
-log-SNR and its inverse are derived from those in the base class (Kingma et al. 2021, arXiv 2107.00630), so a
-new process is two methods. Instances are frozen dataclasses: hashable, so static arguments of `jax.jit`.
+A process is two functions, log alpha(t) and sigma(t), and the standard deviation of its prior. The base class derives
+drift, diffusion, log-SNR and its inverse from these (Kingma et al. 2021, arXiv 2107.00630). Instances are frozen
+dataclasses: they are hashable, so they can be static arguments of `jax.jit`.
 
 `sigma` uses `expm1` and is exact to float32 rounding down to t = 0. The public code of the paper switches to a Taylor
-series where |log alpha| <= 1e-3 and is off by up to 5e-4 relative there.
+series where |log alpha| <= 1e-3; its sigma is off by up to 5e-4 relative there.
 """
 
 import dataclasses
@@ -21,14 +21,25 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from errors import UserError
 
-Time = Float[Array, "B"]
-State = Float[Array, "B *shape"]
+PerExample = Float[Array, "B"]
+Batch = Float[Array, "B *shape"]
 ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> score [B, ...]
 
 
-def batch_mul(a: Float[Array, "B"], x: State) -> State:
+def batch_mul(a: Float[Array, "B"], x: Batch) -> Batch:
     """Multiplies each example of x [B, ...] by its own factor a [B]."""
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim)) * x
+
+
+def score_and_jacobian(score: Callable[[Batch], Batch], x: Batch) -> tuple[Batch, Float[Array, "B D D"]]:
+    """s [B, ...] and its Jacobian by D forward-mode tangents, for small D. Examples must be independent in `score`."""
+
+    def shifted(shift):  # the derivative by one shift of all examples holds the Jacobian of each
+        s = score(x + shift)
+        return s, s
+
+    jacobian, s = jax.jacfwd(shifted, has_aux=True)(jnp.zeros_like(x[0]))
+    return s, jacobian.reshape(len(x), x[0].size, x[0].size)
 
 
 def _derivative(fn: Callable[[Array], Array], t: Array) -> Array:
@@ -37,21 +48,13 @@ def _derivative(fn: Callable[[Array], Array], t: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class SDE:
-    """Base class. A subclass defines `log_alpha(t)` and `sigma(t)`, elementwise in t, and may override `prior_std`."""
+    """Base class. A subclass defines `log_alpha(t)` and `sigma(t)`; it may override the two constants."""
 
     N: int = 1000  # discretisation steps of the ancestral samplers
 
-    T = 1.0  # end of time, the same for every process
-
-    @property
-    def prior_std(self) -> float:
-        """Standard deviation of the prior that stands in for the marginal at T."""
-        return 1.0
-
-    @property
-    def conditions_on_sigma(self) -> bool:
-        """Whether the U-Net is told sigma(t), for noise that spans orders of magnitude, instead of 999 t."""
-        return False
+    T = 1.0  # end of time
+    prior_std = 1.0  # standard deviation of the prior that stands in for the marginal at T
+    conditions_on_sigma = False  # whether the U-Net takes sigma(t), for noise of many orders of magnitude, or 999 t
 
     def log_alpha(self, t: Array) -> Array:
         """Logarithm of the coefficient of x_0 in the mean of x_t, elementwise in t."""
@@ -74,23 +77,23 @@ class SDE:
         sigma = self.sigma(t)
         return 2 * sigma * (_derivative(self.sigma, t) - self.drift_coefficient(t) * sigma)
 
-    def marginal_prob(self, x: State, t: Time) -> tuple[State, Time]:
+    def marginal_prob(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
         """Mean [B, ...] and standard deviation [B] of x_t given x_0 = x [B, ...]."""
         return batch_mul(self.alpha(t), x), self.sigma(t)
 
-    def sde(self, x: State, t: Time) -> tuple[State, Time]:
+    def sde(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
         """Drift [B, ...] and diffusion coefficient g(t) [B] of dx = f x dt + g dw."""
         return batch_mul(self.drift_coefficient(t), x), jnp.sqrt(self.diffusion_sq(t))
 
-    def probability_flow(self, x: State, t: Time, score: State) -> State:
-        """dx/dt [B, ...] = f x - g^2 s / 2: the ODE of the marginals, whose score at x is s (arXiv 2011.13456)."""
+    def probability_flow(self, x: Batch, t: PerExample, score: Batch) -> Batch:
+        """dx/dt [B, ...] = f x - g^2 s / 2, the ODE of the marginals whose score at x is s (arXiv 2011.13456)."""
         return batch_mul(self.drift_coefficient(t), x) - batch_mul(0.5 * self.diffusion_sq(t), score)
 
     def prior_sampling(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
         """Draws from the prior N(0, prior_std^2 I)."""
         return self.prior_std * jax.random.normal(key, shape)
 
-    def prior_logp(self, z: State) -> Float[Array, "B"]:
+    def prior_logp(self, z: Batch) -> Float[Array, "B"]:
         """Log density [B] of z [B, ...] under the prior, in nats."""
         dim = math.prod(z.shape[1:])
         norm_sq = jnp.sum(jnp.square(z / self.prior_std).reshape(z.shape[0], -1), axis=-1)
@@ -101,9 +104,9 @@ class SDE:
         return 2 * (self.log_alpha(t) - jnp.log(self.sigma(t)))
 
     def time_at_log_snr(self, log_snr: Array) -> Array:
-        """The t in [1e-8, T] at which `log_snr` is reached, elementwise; values outside are clipped to the ends.
+        """Inverts lambda(t), elementwise, clipping t to [1e-8, T].
 
-        Bisection in log t, where float32 is relatively as fine near 0 as near 1, then one Newton step in t.
+        It bisects in log t, where float32 is relatively as fine near 0 as near 1, then takes one Newton step in t.
         """
         low, high = jnp.full_like(log_snr, math.log(1e-8)), jnp.full_like(log_snr, math.log(self.T))
 
@@ -119,36 +122,34 @@ class SDE:
         return jnp.clip(t, 1e-8, self.T)
 
     def time(self, u: Array, eps: float, importance: bool) -> Array:
-        """Maps u uniform in [0, 1] to a time in [eps, T], elementwise: uniform, or importance weighted."""
-        return self.importance_weighted_time(u, eps) if importance else eps + u * (self.T - eps)
+        """Maps u uniform in [0, 1] to t in [eps, T], elementwise: t is uniform or, if `importance`, lambda(t) is.
 
-    def inverse_time_density(self, t: Time, eps: float, importance: bool) -> Time:
-        """1 / q(t) of `time`: T - eps, or (lambda(eps) - lambda(T)) sigma^2 / g^2."""
+        The density of t is then proportional to g^2 / sigma^2 = -d lambda / dt (Song et al. 2021, arXiv 2101.09258),
+        and u = 0 gives eps.
+        """
+        if not importance:
+            return eps + u * (self.T - eps)
+        start, end = self.log_snr_range(eps, u.dtype)
+        return jnp.clip(self.time_at_log_snr(start + u * (end - start)), eps, self.T)
+
+    def inverse_time_density(self, t: PerExample, eps: float, importance: bool) -> PerExample:
+        """1 / q(t) for the density q of `time`: T - eps, or (lambda(eps) - lambda(T)) sigma^2 / g^2."""
         if not importance:
             return jnp.full_like(t, self.T - eps)
         start, end = self.log_snr_range(eps, t.dtype)
         return (start - end) * jnp.square(self.sigma(t)) / self.diffusion_sq(t)
 
-    def importance_weighted_time(self, u: Array, eps: float) -> Array:
-        """Maps u uniform in [0, 1] to t in [eps, T] with density proportional to g^2 / sigma^2 = -d lambda / dt.
-
-        Lambda is then uniform (Song et al. 2021, arXiv 2101.09258). u = 0 gives eps. Elementwise.
-        """
-        u = jnp.asarray(u)
-        start, end = self.log_snr_range(eps, u.dtype)
-        return jnp.clip(self.time_at_log_snr(start + u * (end - start)), eps, self.T)
-
     def log_snr_range(self, eps: float, dtype: Any = jnp.float32) -> tuple[Array, Array]:
-        """lambda(eps) and lambda(T). Their difference normalises the density of `importance_weighted_time`."""
+        """lambda(eps) and lambda(T). Their difference normalises the importance-weighted density of `time`."""
         return self.log_snr(jnp.asarray(eps, dtype)), self.log_snr(jnp.asarray(self.T, dtype))
 
-    def discretize(self, x: State, t: Time) -> tuple[State, Time]:
-        """f [B, ...] and G [B] of one forward step x + f + G z of N; here Euler-Maruyama."""
+    def discretize(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
+        """f [B, ...] and G [B] of one of N forward steps x + f + G z, by Euler-Maruyama."""
         drift, diffusion = self.sde(x, t)
         return drift / self.N, diffusion / math.sqrt(self.N)
 
-    def discrete_alpha(self, t: Time) -> Time:
-        """The factor [B] of the Langevin correctors' step size: 1 - beta of DDPM's step at t, 1 where there is none."""
+    def discrete_alpha(self, t: PerExample) -> PerExample:
+        """The factor [B] of the Langevin correctors' step size: 1 - beta of DDPM's step at t, or 1 outside of VP."""
         return jnp.ones_like(t)
 
     def _step_index(self, t: Array) -> Array:
@@ -173,11 +174,11 @@ class VPSDE(SDE):
         """The N betas of DDPM, from beta_min / N to beta_max / N."""
         return jnp.linspace(self.beta_min / self.N, self.beta_max / self.N, self.N)
 
-    def discrete_alpha(self, t: Time) -> Time:
+    def discrete_alpha(self, t: PerExample) -> PerExample:
         return 1 - self.discrete_betas[self._step_index(t)]
 
-    def discretize(self, x: State, t: Time) -> tuple[State, Time]:
-        """DDPM's step: x_{i+1} = sqrt(1 - beta_i) x_i + sqrt(beta_i) z."""
+    def discretize(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
+        """f and G of DDPM's step: x_{i+1} = sqrt(1 - beta_i) x_i + sqrt(beta_i) z."""
         beta = self.discrete_betas[self._step_index(t)]
         return batch_mul(-beta / (1 + jnp.sqrt(1 - beta)), x), jnp.sqrt(beta)  # sqrt(1 - beta) - 1 without cancellation
 
@@ -189,8 +190,8 @@ class subVPSDE(VPSDE):  # noqa: N801 - the field writes it so
     def sigma(self, t: Array) -> Array:
         return -jnp.expm1(2 * self.log_alpha(t))
 
-    def discretize(self, x: State, t: Time) -> tuple[State, Time]:
-        """Euler-Maruyama: DDPM's chain discretises VP alone."""
+    def discretize(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
+        """f and G by Euler-Maruyama, since DDPM's chain discretises VP alone."""
         return SDE.discretize(self, x, t)
 
 
@@ -225,13 +226,13 @@ class VESDE(SDE):
             return jnp.linspace(self.sigma_min, self.sigma_max, self.N)
         return jnp.exp(jnp.linspace(math.log(self.sigma_min), math.log(self.sigma_max), self.N))
 
-    def discrete_sigma_pair(self, t: Time) -> tuple[Time, Time]:
-        """The noise level [B] of NCSN's step at t and the one before it, 0 before the first."""
+    def discrete_sigma_pair(self, t: PerExample) -> tuple[PerExample, PerExample]:
+        """The noise level [B] of NCSN's step at t and the level before it, which is 0 for the first."""
         index = self._step_index(t)
         return self.discrete_sigmas[index], jnp.where(index == 0, 0.0, self.discrete_sigmas[index - 1])
 
-    def discretize(self, x: State, t: Time) -> tuple[State, Time]:
-        """NCSN's step from one noise level to the next; Euler-Maruyama if `linear`."""
+    def discretize(self, x: Batch, t: PerExample) -> tuple[Batch, PerExample]:
+        """f and G of NCSN's step from one noise level to the next, or by Euler-Maruyama if `linear`."""
         if self.linear:
             return super().discretize(x, t)
         index = self._step_index(t)
@@ -258,7 +259,7 @@ SDES: dict[str, Callable[[Any], SDE]] = {
 
 
 def from_config(config: Any) -> SDE:
-    """The process named by `config.training.sde` with the constants of `config.model`; UserError if unknown."""
+    """The process named by `config.training.sde`, with the constants of `config.model`. UserError if it is unknown."""
     name = config.training.sde.lower()
     if name not in SDES:
         raise UserError(f"training.sde={config.training.sde!r} is unknown; use one of {', '.join(SDES)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config describes, built once for all modes: the SDE, the data, the network, the optimiser and their state."""
+"""Builds what a config describes, once for all modes: the SDE, the data, the network, the optimiser, their state."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from errors import UserError
 from models import flowpp
 from models.score import get_score_fn
 
-MAX_EXACT_DIM = 1024  # above which an exact Jacobian is refused
+MAX_EXACT_DIM = 1024  # an exact Jacobian is refused above it
 
 Config = Any  # an ml_collections.ConfigDict, whose keys have no types
 
@@ -34,13 +34,13 @@ class Task(NamedTuple):
     optimizer: Any
 
     def score_fn(self, params, model_state, dropout_keys=None) -> losses.ScoreFn:
-        """Network to score; with dropout keys, one for each example, in training mode."""
+        """The score of the network; in training mode if there are dropout keys, one for each example."""
         train = dropout_keys is not None
         return get_score_fn(self.sde, self.model, params, model_state, train=train, dropout_keys=dropout_keys)
 
     @property
     def inverse_scaler(self) -> Callable:
-        """From the network's range to [0, 1] for images; the identity for points."""
+        """Maps images from the network's range to [0, 1]; the identity for points."""
         return datasets.get_data_inverse_scaler(self.config.data.centered and self.dataset.is_image)
 
     def init_state(self) -> losses.TrainState:
@@ -63,7 +63,10 @@ def new_state(params: Any, model_state: Any, optimizer: Any, key: Any) -> losses
 
 
 def dequantizer_state(task: Task, model: flowpp.Dequantizer, images: np.ndarray | None = None) -> losses.TrainState:
-    """Of the variational dequantiser, initialised from images [B, H, W, C] in [0, 1]; without, only its shapes."""
+    """The state of the variational dequantiser, initialised from images [B, H, W, C] in [0, 1].
+
+    Without images it has `jax.ShapeDtypeStruct`s in place of arrays.
+    """
     init_key, u_key, key = jax.random.split(jax.random.PRNGKey(task.config.seed), 3)
 
     def init(images):
@@ -76,12 +79,12 @@ def dequantizer_state(task: Task, model: flowpp.Dequantizer, images: np.ndarray 
 
 
 def build(config: Config) -> Task:
-    """Checks the config and makes the task. UserError says what is wrong with the config or the data."""
+    """Checks the config and makes the task. Raises UserError if the config or the data are at fault."""
     check_config(config)
     devices = jax.device_count()
     for key in ("training.batch_size", "eval.batch_size"):
-        if flatten(config)[key] % devices:
-            raise UserError(f"{key}={flatten(config)[key]} is not divisible by the {devices} devices of this run")
+        if (size := flatten(config)[key]) % devices:
+            raise UserError(f"{key}={size} is not divisible by the {devices} devices of this run")
     size, count = config.training.batch_size, config.training.num_microbatches
     if size // devices % count:
         raise UserError(
@@ -96,13 +99,13 @@ def build(config: Config) -> Task:
 
 
 def _check_kind(config: Config, model: nn.Module, dataset: datasets.Dataset) -> None:
-    """UserError if images go into a network of points, points into one of images, or points are to be dequantised."""
-    kinds = {True: "images", False: "points"}
+    """Raises UserError if the network takes another kind of data, or if points are to be dequantised."""
     takes_images = getattr(model, "takes_images", dataset.is_image)
     if takes_images != dataset.is_image:
+        taken, given = ("images", "points") if takes_images else ("points", "images")
         raise UserError(
-            f"model.name={config.model.name!r} takes {kinds[takes_images]}, but data.dataset={config.data.dataset!r} "
-            f"has {kinds[dataset.is_image]}; of ours, ncsnpp takes images and mlp points"
+            f"model.name={config.model.name!r} takes {taken}, but data.dataset={config.data.dataset!r} has {given}; "
+            "of ours, ncsnpp takes images and mlp points"
         )
     if config.eval.dequantizer and not dataset.is_image:
         raise UserError(
@@ -112,7 +115,7 @@ def _check_kind(config: Config, model: nn.Module, dataset: datasets.Dataset) -> 
 
 
 def _check_exact(config: Config, dataset: datasets.Dataset) -> None:
-    """UserError if an exact Jacobian is asked for in so many dimensions that it would not end or not fit."""
+    """Raises UserError if an exact Jacobian has so many dimensions that it would not end or not fit."""
     dim, order = math.prod(dataset.shape), config.training.score_matching_order
     asked = {
         "training.exact_jacobian=True": config.training.exact_jacobian and order > 1,

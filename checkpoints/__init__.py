@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: saved atomically by orbax as plain nested dicts of arrays, checked against the config when read.
 
-A checkpoint is a folder `checkpoint_<number>` with the training state and, beside it, a JSON record (config, position
-of the data iterator, metrics not yet logged). orbax writes to a temporary name and renames, so a folder of the final
-name is whole. A FILE of that name is a checkpoint of the public code, see `legacy`; it is read like ours.
+A checkpoint is a folder `checkpoint_<number>` with the training state and a JSON record (config, position of the data
+iterator, metrics not yet logged). orbax writes to a temporary name and renames, so a folder of the final name is whole.
+A FILE of that name is a checkpoint of the public code, see `legacy`. It is read like ours.
 
 python -m checkpoints export PATH OUT   writes one of ours as the public code would
 """
@@ -20,18 +20,19 @@ import flax.serialization
 import flax.traverse_util
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from checkpoints.legacy import in_structure_of, load_legacy
+from checkpoints.legacy import load_legacy
 from errors import UserError
 
-_NEW = ".new"  # of a checkpoint that is whole and about to take the place of one of its number
+_NEW = ".new"  # ends the name of a checkpoint that is whole and about to take the place of one of its number
 _NAME = re.compile(rf"checkpoint_(\d+)(?:{re.escape(_NEW)})?")
 
 
 class Checkpoint(NamedTuple):
-    """What `restore` reads: the state as nested dicts of numpy arrays, and the JSON record saved with it."""
+    """The state as nested dicts of numpy arrays, and the JSON record saved with it."""
 
     state: dict[str, Any]
     record: dict[str, Any]
@@ -41,12 +42,8 @@ def _flat(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(tree), sep="/")
 
 
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
 def _checkpointer() -> ocp.Checkpointer:
-    """Of this process alone: every host has whole arrays, so saving and restoring need no barrier between hosts."""
+    """A checkpointer of this process alone: every host has whole arrays, so no barrier between hosts is needed."""
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
@@ -61,30 +58,30 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] | None = None, keep: int = 0) -> Path:
-    """Writes `directory/checkpoint_<number>` and returns its path. One of that number stays until the new one is whole.
+    """Writes `directory/checkpoint_<number>` and returns its path. An old one stays until the new one is whole.
 
     Args:
         state: any pytree that flax can turn into a state dict, e.g. a `TrainState` on one device.
         record: goes into the checkpoint as JSON.
-        keep: how many of the newest checkpoints stay in the folder after a successful write; 0: all.
+        keep: the number of newest checkpoints that stay in the folder after a successful write; 0: all.
     Raises:
-        UserError: the disk is full, or the folder cannot be written. What was there before stays.
+        UserError: the disk is full, or the folder cannot be written. The checkpoints before stay.
     """
     path = Path(directory).absolute() / f"checkpoint_{number}"
     arrays = {k: np.asarray(v) for k, v in _flat(jax.device_get(state)).items()}
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nested(arrays)), record=ocp.args.JsonSave(record or {}))
+    nested = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(nested), record=ocp.args.JsonSave(record or {}))
     try:
-        for abandoned in path.parent.glob("checkpoint_*.orbax-checkpoint-tmp*"):  # by a run that was killed
+        for abandoned in path.parent.glob("checkpoint_*.orbax-checkpoint-tmp*"):  # the run was killed as it wrote this
             shutil.rmtree(abandoned)
-        for new in path.parent.glob(f"checkpoint_*{_NEW}"):  # killed while it took the place of the old one
+        for new in path.parent.glob(f"checkpoint_*{_NEW}"):  # the run was killed as this took the place of the old one
             _take_place(new)
+        written = _new(path) if path.exists() else path
         with _checkpointer() as checkpointer:
-            if path.exists():
-                checkpointer.save(_new(path), items)
-                _take_place(_new(path))
-            else:
-                checkpointer.save(path, items)
-    except (OSError, ValueError) as error:  # tensorstore tells of a full disk by a ValueError
+            checkpointer.save(written, items)
+        if written != path:
+            _take_place(written)
+    except (OSError, ValueError) as error:  # tensorstore raises ValueError if the disk is full
         raise UserError(
             f"checkpoint {path} cannot be written ({str(error).splitlines()[0][-200:]}); the ones before it are whole. "
             "Make room, or the folder writable, and run again"
@@ -101,14 +98,14 @@ def _new(path: Path) -> Path:
 
 
 def _whole(path: Path) -> Path:
-    """The one that is about to take the place of `path`, if there is one: it is whole, and the older one may not be."""
+    """The checkpoint that is about to take the place of `path`, else `path`, which may be half deleted meanwhile."""
     return _new(path) if _new(path).is_dir() else path
 
 
 def _take_place(new: Path) -> None:
-    """Meanwhile `restore` reads the new one."""
+    """Puts a new checkpoint in the place of the old one; meanwhile `restore` reads the new one."""
     path = new.with_name(new.name.removesuffix(_NEW))
-    if path.is_file():  # of the public code: nobody's download is overwritten
+    if path.is_file():  # a file of the public code, perhaps a download, is kept
         path.replace(path.with_name(f"{path.name}.legacy"))
     elif path.exists():
         shutil.rmtree(path)
@@ -128,19 +125,18 @@ def latest(directory: str | Path) -> Path | None:
 
 
 def find(directory: str | Path, number: int, wait_s: float = 0) -> Path:
-    """The checkpoint of a number, or the newest if it is 0. UserError if there is none, also after `wait_s` seconds."""
-    deadline, waiting = time.monotonic() + wait_s, False
-    while True:
-        numbers = all_numbers(directory)
-        if numbers and (number == 0 or number in numbers):
-            return Path(directory) / f"checkpoint_{number or numbers[-1]}"
-        left = deadline - time.monotonic()
-        if left <= 0:
-            break
-        if not waiting:
-            logging.info("waiting up to %.0f s for checkpoint %s in %s", wait_s, number or "(any)", directory)
-            waiting = True
+    """The checkpoint of a number, the newest if it is 0. Raises UserError if there is none after `wait_s` seconds."""
+
+    def found() -> list[int]:
+        return [n for n in all_numbers(directory) if number in (0, n)]
+
+    deadline = time.monotonic() + wait_s
+    if wait_s and not found():
+        logging.info("waiting up to %.0f s for checkpoint %s in %s", wait_s, number or "(any)", directory)
+    while not (numbers := found()) and (left := deadline - time.monotonic()) > 0:
         time.sleep(min(left, 1 + wait_s / 100))
+    if numbers:
+        return Path(directory) / f"checkpoint_{numbers[-1]}"
     have = ", ".join(map(str, all_numbers(directory))) or "none"
     wanted = "no checkpoint" if number == 0 else f"no checkpoint_{number}"
     raise UserError(
@@ -150,40 +146,35 @@ def find(directory: str | Path, number: int, wait_s: float = 0) -> Path:
 
 
 def newest_readable(directory: str | Path) -> tuple[Path, "Checkpoint"] | None:
-    """The newest checkpoint of a folder and what is in it, or None.
+    """The path and content of the newest checkpoint in a folder, or None. Only the first host calls it.
 
-    One that cannot be read is set aside as `damaged_<name>`, with a warning, and the one before it is taken. UserError
-    if there are some and none can be read.
+    A checkpoint that cannot be read is set aside as `damaged_<name>`, with a warning, and the one before it is taken.
+    Raises UserError if there are checkpoints and none can be read.
     """
-    damaged = []
-    for number in reversed(all_numbers(directory)):
+    numbers = all_numbers(directory)
+    for number in reversed(numbers):
         path = Path(directory) / f"checkpoint_{number}"
         try:
             return path, restore(path)
         except UserError as error:
-            damaged.append(path)
             logging.warning("%s; set aside as damaged_%s", error, path.name)
-            if jax.process_index() == 0:
-                _set_aside(_whole(path))
-    if damaged:
+            damaged = _whole(path)
+            aside = damaged.with_name(f"damaged_{damaged.name}")
+            if aside.exists():
+                shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+            damaged.replace(aside)
+    if numbers:
         raise UserError(f"no checkpoint in {directory} can be read; they are set aside as damaged_checkpoint_*")
     return None
 
 
-def _set_aside(path: Path) -> None:
-    aside = path.with_name(f"damaged_{path.name}")
-    if aside.exists():
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-    path.replace(aside)
-
-
 def restore(path: str | Path, target: Any = None) -> Checkpoint:
-    """Reads a checkpoint that `save` wrote, or a file of the public code (its record is empty); arrays as numpy.
+    """Reads a checkpoint that `save` wrote, or a file of the public code, whose record is empty. Arrays are numpy's.
 
     Args:
-        target: what `into` is given afterwards. Another shape is then refused before any array is allocated.
+        target: the target that `into` gets afterwards; other shapes are then refused before any array is allocated.
     Raises:
-        UserError: it is missing, cannot be read, or is not of `target`'s shapes.
+        UserError: the checkpoint is missing, cannot be read, or is not of `target`'s shapes.
     """
     path = Path(path).absolute()
     if path.is_file():
@@ -194,18 +185,14 @@ def restore(path: str | Path, target: Any = None) -> Checkpoint:
     try:
         with _checkpointer() as checkpointer:
             saved = checkpointer.metadata(path).item_metadata["state"].tree
-            sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(saved)]
-            if sum(sizes) > _memory():
-                raise UserError(
-                    f"checkpoint {path} claims {sum(sizes) / 2**30:.3g} GiB of arrays, more than there is memory"
-                )
+            size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(saved))
+            if size > _memory():
+                raise UserError(f"checkpoint {path} claims {size / 2**30:.3g} GiB of arrays, more than there is memory")
             if target is not None:
                 _check_shapes(_flat(target), flax.traverse_util.flatten_dict(saved, sep="/"), path)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            items = checkpointer.restore(
-                path,
-                ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_numpy), record=ocp.args.JsonRestore()),
-            )
+            state, record = ocp.args.PyTreeRestore(restore_args=as_numpy), ocp.args.JsonRestore()
+            items = checkpointer.restore(path, ocp.args.Composite(state=state, record=record))
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} cannot be read ({reason})") from error
@@ -213,25 +200,29 @@ def restore(path: str | Path, target: Any = None) -> Checkpoint:
 
 
 def _memory() -> int:
-    """Bytes of this machine."""
+    """The memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def into(target: Any, state: dict[str, Any], where: str | Path) -> Any:
-    """The values of a restored state in the structure of `target` (arrays or `jax.ShapeDtypeStruct`s).
+    """Puts the values of a restored state into the structure of `target` (arrays or `jax.ShapeDtypeStruct`s).
 
     Raises:
-        UserError: naming the first parameter that is missing, extra, or of another shape: another architecture.
+        UserError: the state is of another architecture. The message names the first parameter that is missing, extra,
+            or of another shape.
     """
-    if "ema_rate" in state:  # of `load_legacy`
-        state = in_structure_of(target, state)
-    wanted, have = _flat(target), _flat(state)
-    _check_shapes(wanted, have, where)
-    values = {name: np.asarray(have[name], leaf.dtype) for name, leaf in wanted.items()}
-    structure = flax.traverse_util.flatten_dict(
-        flax.serialization.to_state_dict(target), keep_empty_nodes=True, sep="/"
-    )
-    return flax.serialization.from_state_dict(target, _nested({**structure, **values}))
+    if "ema_rate" in state:  # a file of the public code; its one count is Adam's and the warm-up's
+        opt_state = optax.tree.set(target.opt_state, **state["opt_state"])
+        fields = ("step", "params", "ema_params", "model_state", "key")
+        state = {**{name: state[name] for name in fields}, "opt_state": opt_state}
+    have = _flat(state)
+    _check_shapes(_flat(target), have, where)
+
+    def value(path, leaf):
+        return np.asarray(have["/".join(key.key for key in path)], leaf.dtype)
+
+    values = jax.tree.map_with_path(value, flax.serialization.to_state_dict(target))
+    return flax.serialization.from_state_dict(target, values)
 
 
 def _check_shapes(wanted: dict[str, Any], have: dict[str, Any], where: str | Path) -> None:

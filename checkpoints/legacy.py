@@ -1,50 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files of the public code (flax 0.3 msgpack, Adam), read without trust and written back.
+"""Checkpoint files of the public code (flax 0.3 msgpack, Adam): read without trust, and written.
 
-The layout, with parameters under the same names as ours:
+The layout has parameters under the same names as ours:
 
     step, lr, ema_rate, rng [2], model_state, params_ema,
     optimizer: {target: params, state: {step, param_states: {<parameter>: {grad_ema, grad_sq_ema}}}}
 
-GroupNorm's scale and bias are [1, 1, 1, C] there and [C] here. A file is msgpack maps all the way down; an array is an
-extension that holds (shape, dtype's name, bytes). One above a gigabyte is a map of flat chunks.
+GroupNorm's scale and bias are [1, 1, 1, C] there and [C] here. A file consists of nested msgpack maps. An array is an
+extension that holds (shape, dtype's name, bytes). An array above a gigabyte is a map of flat chunks.
 """
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.serialization
 import flax.traverse_util
-import jax
 import msgpack
 import numpy as np
-import optax
 
 from errors import UserError
 
-# What a file may hold at most; the largest public network has some 700 parameters, 150 names in a map, 5 levels.
+# Limits of a file. The largest public network has some 700 parameters, 150 names in a map, 8 levels.
 _MAX_DEPTH, _MAX_IN_MAP, _MAX_ENTRIES, _MAX_NAME = 16, 1024, 100_000, 256
 _DTYPES = {np.dtype(code).name: np.dtype(code) for code in "?bhilBHILefd"}
 _ARRAY, _SCALAR = 1, 3  # flax's extension codes
 _CHUNKED = "__msgpack_chunked_array__"
-_MOMENTS = "grad_ema", "grad_sq_ema"
+# Where a file has a parameter, its EMA and its moments: the names before and after the parameter's own.
+_PLACES = {
+    "params": (("optimizer", "target"), ()),
+    "ema_params": (("params_ema",), ()),
+    "mu": (("optimizer", "state", "param_states"), ("grad_ema",)),
+    "nu": (("optimizer", "state", "param_states"), ("grad_sq_ema",)),
+}
 
-Leaves = dict[tuple[str, ...], np.ndarray]
+Names = tuple[str, ...]
 
 
 def load_legacy(path: str | Path) -> dict[str, Any]:
     """Reads a file `checkpoint_N` of the public code.
 
-    Memory stays within twice the largest array above the file's size, whatever the file says of itself.
+    The memory it takes is at most the file's size and twice its largest array, whatever the file claims.
 
     Returns:
         The fields of a `TrainState` as nested dicts of numpy arrays, but for `opt_state`, which is
-        {"count", "mu", "nu"}; `lr` and `ema_rate` too. `checkpoints.into` makes a `TrainState` of it.
+        {"count", "mu", "nu"}; also `lr` and `ema_rate`. `checkpoints.into` makes a `TrainState` of it.
     Raises:
-        UserError: the file is missing, not whole or not of this layout; the first difference is named.
+        UserError: the file is missing, not whole or not of this layout. The message names the first difference.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,7 +65,10 @@ def load_legacy(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """The file's tree with numpy arrays; ValueError or msgpack's errors where it is malformed."""
+    """The file's tree with numpy arrays. Raises ValueError or msgpack's errors where it is malformed.
+
+    flax.serialization.msgpack_restore has no limits: in it 10 MB of lists in each other take 0.6 GB.
+    """
     size = path.stat().st_size
     if size == 0:
         raise ValueError("it is empty")
@@ -86,123 +93,100 @@ def _read(path: Path) -> Any:
 
 
 def _array(code: int, data: bytes) -> np.ndarray:
-    """A flax extension as an array, after every claim that it makes has been checked against its length."""
+    """A flax extension as an array, after all that it claims has been checked against its length."""
     if code not in (_ARRAY, _SCALAR):
         raise ValueError(f"it has a msgpack extension {code}; an array is {_ARRAY}")
     parts: Any = msgpack.unpackb(data, use_list=False, max_str_len=16, max_map_len=0, max_array_len=32, max_ext_len=0)
-    if not isinstance(parts, tuple) or len(parts) != 3:
+    if not isinstance(parts, tuple) or [type(part) for part in parts] != [tuple, str, bytes]:
         raise ValueError("it has an array that is not (shape, dtype, bytes)")
     shape, name, buffer = parts
-    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"it has an array of shape {shape!r}")
-    if not isinstance(name, str) or name not in _DTYPES:
+    if name not in _DTYPES:
         raise ValueError(f"it has an array of dtype {name!r}")
-    dtype = _DTYPES[name]
-    if not isinstance(buffer, bytes) or len(buffer) != math.prod(shape) * dtype.itemsize:
+    if not _fills(len(buffer), shape, _DTYPES[name]):
         raise ValueError(f"it has an array of shape {shape}, {name}, whose bytes are not of that length")
-    return np.frombuffer(buffer, dtype).reshape(shape)
+    return np.frombuffer(buffer, _DTYPES[name]).reshape(shape)
 
 
 def _joined(node: dict[str, Any]) -> np.ndarray:
     """An array that flax cut into flat chunks."""
-    shape, chunks = node.get("shape"), node.get("chunks")
-    if not isinstance(shape, dict) or not isinstance(chunks, dict) or not chunks:
-        raise ValueError("it has a chunked array without shape or chunks")
-    sizes: list[Any] = [shape.get(str(i)) for i in range(len(shape))]
-    parts: list[Any] = [chunks.get(str(i)) for i in range(len(chunks))]
-    if not all(isinstance(part, np.ndarray) and part.ndim == 1 and part.dtype == parts[0].dtype for part in parts):
-        raise ValueError("it has a chunked array whose chunks do not fit together")
-    if not all(type(n) is int and n >= 0 for n in sizes) or math.prod(sizes) != sum(part.size for part in parts):
-        raise ValueError(f"it has a chunked array whose chunks do not fill its shape {sizes}")
-    return np.concatenate(parts).reshape(sizes)
+    try:
+        shape, chunks = ([node[key][str(i)] for i in range(len(node[key]))] for key in ("shape", "chunks"))
+        flat = np.concatenate(chunks, dtype=chunks[0].dtype, casting="no")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError("it has a chunked array whose chunks do not fit together") from error
+    if not _fills(flat.nbytes, shape, flat.dtype):
+        raise ValueError(f"it has a chunked array whose chunks do not fill its shape {shape}")
+    return flat.reshape(shape)
+
+
+def _fills(num_bytes: int, shape: Sequence[Any], dtype: np.dtype) -> bool:
+    return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) * dtype.itemsize == num_bytes
 
 
 def _train_state(tree: Any) -> dict[str, Any]:
-    _check_names(tree, "", ("step", "optimizer", "lr", "model_state", "ema_rate", "params_ema", "rng"))
-    _check_names(tree["optimizer"], "optimizer/", ("target", "state"))
-    state = tree["optimizer"]["state"]
-    _check_names(state, "optimizer/state/", ("step", "param_states"))
-    params = _parameters(tree["optimizer"]["target"], "optimizer/target")
-    ema_params = _parameters(tree["params_ema"], "params_ema")
-    moments = _parameters(state["param_states"], "optimizer/state/param_states")
-    if not params:
-        raise ValueError("optimizer/target holds no parameters")
-    _check_same(params, ema_params, "params_ema")
-    _check_same(_with_moments(params, params), moments, "optimizer/state/param_states")
-    mu, nu = ({name: moments[*name, moment] for name in params} for moment in _MOMENTS)
-    rng = tree["rng"]
+    """The fields of a `TrainState` (see `load_legacy`). Raises ValueError at the first difference from the layout."""
+    leaves = dict(_leaves(tree))
+
+    def take(*names: str) -> Any:
+        if names not in leaves:
+            raise ValueError(f"it lacks {'/'.join(names)}")
+        return leaves.pop(names)
+
+    step, lr, ema_rate, rng = (take(name) for name in ("step", "lr", "ema_rate", "rng"))
+    count = take("optimizer", "state", "step")
     if not isinstance(rng, np.ndarray) or rng.dtype != np.uint32 or rng.shape != (2,):
         raise ValueError("rng is not uint32 [2]")
-    nested = flax.traverse_util.unflatten_dict
-    count = _number(state["step"], "optimizer/state/step", np.int32)
+    parameters = [names[2:] for names in leaves if names[:2] == ("optimizer", "target") and len(names) > 2]
+    if not parameters:
+        raise ValueError("optimizer/target holds no parameters")
+    flat: dict[str, dict[Names, np.ndarray]] = {key: {} for key in _PLACES}
+    for name in parameters:
+        for key, (before, after) in _PLACES.items():
+            place = (*before, *name, *after)
+            flat[key][name] = value = _parameter(take(*place), name, where := "/".join(place))
+            if value.shape != (wanted := flat["params"][name].shape):
+                raise ValueError(f"it has {where} of shape {value.shape}; in optimizer/target it has {wanted}")
+    model_state = {names[1:]: leaves.pop(names) for names in list(leaves) if names[0] == "model_state"}
+    if not all(names and isinstance(value, np.ndarray) for names, value in model_state.items()):
+        raise ValueError("model_state is not a map of arrays")
+    for names in leaves:
+        raise ValueError(f"it has {'/'.join(names)}, which the public code's lacks")
+    trees = {key: flax.traverse_util.unflatten_dict(values) for key, values in flat.items()}
     return {
-        "step": _number(tree["step"], "step", np.int32),
-        "params": nested(params),
-        "ema_params": nested(ema_params),
-        "opt_state": {"count": count, "mu": nested(mu), "nu": nested(nu)},
-        "model_state": nested(dict(_leaves(tree["model_state"], "model_state"))),
+        "step": _number(step, "step", np.int32),
+        "params": trees["params"],
+        "ema_params": trees["ema_params"],
+        "opt_state": {"count": _number(count, "optimizer/state/step", np.int32), "mu": trees["mu"], "nu": trees["nu"]},
+        "model_state": flax.traverse_util.unflatten_dict(model_state),
         "key": rng,
-        "lr": _number(tree["lr"], "lr", np.float32),
-        "ema_rate": _number(tree["ema_rate"], "ema_rate", np.float32),
+        "lr": _number(lr, "lr", np.float32),
+        "ema_rate": _number(ema_rate, "ema_rate", np.float32),
     }
 
 
-def _check_names(node: Any, where: str, names: tuple[str, ...]) -> None:
+def _leaves(node: Any, path: Names = ()) -> Iterator[tuple[Names, Any]]:
+    """Yields (names, value) of all in the tree that is not a map."""
     if not isinstance(node, dict):
-        raise ValueError(f"{where or 'it '}is {type(node).__name__}, not a map")
-    for name in names:
-        if name not in node:
-            raise ValueError(f"it lacks {where}{name}")
-    for name in node:
-        if name not in names:
-            raise ValueError(f"it has {where}{name}, which the public code's lacks")
-
-
-def _check_same(params: Leaves, others: Leaves, where: str) -> None:
-    for name in [*params, *others]:
-        joined = "/".join((where, *name))
-        if name not in others:
-            raise ValueError(f"it lacks {joined}")
-        if name not in params:
-            raise ValueError(f"it has {joined}, which is no parameter in optimizer/target")
-        shape, wanted = others[name].shape, params[name].shape
-        if shape != wanted:
-            raise ValueError(f"it has {joined} of shape {shape}; in optimizer/target it has {wanted}")
-
-
-def _leaves(node: Any, where: str, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """(names, array) of every leaf."""
-    if isinstance(node, np.ndarray) and path:
         yield path, node
         return
-    if not isinstance(node, dict):
-        raise ValueError(f"{'/'.join((where, *path))} is {type(node).__name__}, not {'an array' if path else 'a map'}")
     if len(path) == _MAX_DEPTH:
-        raise ValueError(f"{where} is nested more than {_MAX_DEPTH} deep")
+        raise ValueError(f"{path[0]} is nested more than {_MAX_DEPTH} deep")
     for name, child in node.items():
         if not isinstance(name, str) or not name.isprintable() or "/" in name:
-            raise ValueError(f"{where} has the name {name!r}")
-        yield from _leaves(child, where, (*path, name))
+            raise ValueError(f"{'/'.join(path) or 'it'} has the name {name!r}")
+        yield from _leaves(child, (*path, name))
 
 
-def _parameters(node: Any, where: str) -> Leaves:
-    """The leaves, all floating, GroupNorm's as [C]."""
-    leaves = dict(_leaves(node, where))
-    for name, value in leaves.items():
-        if value.dtype.kind != "f":
-            raise ValueError(f"{where}/{'/'.join(name)} is {value.dtype}, not floating")
-        if _of_group_norm(name) and value.shape[:-1] == (1, 1, 1):
-            leaves[name] = value.reshape(-1)
-    return leaves
+def _parameter(value: Any, name: Names, where: str) -> np.ndarray:
+    """The value of a parameter, its EMA or a moment; GroupNorm's as [C]."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        raise ValueError(f"{where} is {getattr(value, 'dtype', type(value).__name__)}, not a floating array")
+    return value.reshape(-1) if _of_group_norm(name) and value.shape[:-1] == (1, 1, 1) else value
 
 
-def _with_moments(mu: Leaves, nu: Leaves) -> Leaves:
-    return {(*name, moment): tree[name] for name in mu for moment, tree in zip(_MOMENTS, (mu, nu), strict=True)}
-
-
-def _of_group_norm(name: tuple[str, ...]) -> bool:
-    """Of a parameter's names, or of those of its Adam moments."""
-    *parents, leaf = [part for part in name if part not in _MOMENTS]
+def _of_group_norm(name: Names) -> bool:
+    """Whether a parameter of this name belongs to a GroupNorm."""
+    *parents, leaf = name
     return leaf in ("scale", "bias") and bool(parents) and parents[-1].startswith("GroupNorm_")
 
 
@@ -217,24 +201,6 @@ def _number(value: Any, name: str, dtype: type) -> np.ndarray:
     return array.astype(dtype)
 
 
-def in_structure_of(target: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `load_legacy` for a `TrainState`: Adam's moments and count where `target.opt_state` has them.
-
-    The count also goes to the learning rate's schedule, whose warm-up the public code counts by the same steps.
-    """
-    adam = state["opt_state"]
-
-    def filled(node):
-        if isinstance(node, optax.ScaleByAdamState):
-            return node._replace(**adam)
-        return node._replace(count=adam["count"]) if isinstance(node, optax.ScaleByScheduleState) else node
-
-    stateful = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
-    opt_state = jax.tree.map(filled, target.opt_state, is_leaf=lambda node: isinstance(node, stateful))
-    fields = ("step", "params", "ema_params", "model_state", "key")
-    return {**{name: state[name] for name in fields}, "opt_state": opt_state}
-
-
 def export_legacy(state: Mapping[str, Any], path: str | Path, lr: float, ema_rate: float) -> None:
     """Writes the state of `load_legacy` or of one of our checkpoints (nested dicts) as the public code would.
 
@@ -244,17 +210,20 @@ def export_legacy(state: Mapping[str, Any], path: str | Path, lr: float, ema_rat
     adam = _find_adam(state["opt_state"])
     if adam is None:
         raise UserError(f"{path}: the checkpoint has no Adam moments, which the public code's layout wants")
-    trees = state["params"], state["ema_params"], adam["mu"], adam["nu"]
-    params, ema_params, mu, nu = (_old_shapes(tree) for tree in trees)
-    nested = flax.traverse_util.unflatten_dict
-    adam_state = {"step": np.asarray(adam["count"], np.int32), "param_states": nested(_with_moments(mu, nu))}
-    tree = {
+    trees = {**state, "mu": adam["mu"], "nu": adam["nu"]}
+    leaves = {("optimizer", "state", "step"): np.asarray(adam["count"], np.int32)}
+    for key, (before, after) in _PLACES.items():
+        for name, value in sorted(flax.traverse_util.flatten_dict(trees[key]).items()):
+            old_shape = (1, 1, 1, -1) if _of_group_norm(name) else np.shape(value)
+            leaves[*before, *name, *after] = np.asarray(value).reshape(old_shape)
+    nested = flax.traverse_util.unflatten_dict(leaves)
+    tree = {  # in the public code's order
         "step": np.asarray(state["step"], np.int32),
-        "optimizer": {"target": nested(params), "state": adam_state},
+        "optimizer": {name: nested["optimizer"][name] for name in ("target", "state")},
         "lr": np.asarray(lr, np.float32),
         "model_state": dict(state.get("model_state") or {}),
         "ema_rate": np.asarray(ema_rate, np.float32),
-        "params_ema": nested(ema_params),
+        "params_ema": nested["params_ema"],
         "rng": np.asarray(state["key"], np.uint32),
     }
     path = Path(path)
@@ -272,9 +241,3 @@ def _find_adam(node: Any) -> Mapping[str, Any] | None:
     if not isinstance(node, Mapping) or {"count", "mu", "nu"} <= node.keys():
         return node if isinstance(node, Mapping) else None
     return next(filter(None, map(_find_adam, node.values())), None)
-
-
-def _old_shapes(tree: Mapping[str, Any]) -> Leaves:
-    """Sorted by name; GroupNorm's leaves as [1, 1, 1, C]."""
-    leaves = {name: np.asarray(value) for name, value in sorted(flax.traverse_util.flatten_dict(tree).items())}
-    return {name: value.reshape(1, 1, 1, -1) if _of_group_norm(name) else value for name, value in leaves.items()}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a config before anything is compiled; every complaint is one line that names the keys and what to do.
+"""Checks a config before anything is compiled. Each complaint is one line that names the keys and says what to do.
 
-A value has the type of the key's default. RULES says what else holds for it, `_*_conflicts` what cannot go together.
+A value must have the type of the key's default. `RULES` says what else it must fulfil, `INERT` where an option does
+nothing, and the functions `_*_conflicts` which values exclude each other.
 """
 
 import difflib
@@ -19,7 +20,7 @@ from errors import UserError
 
 
 class Rule(NamedTuple):
-    """What a key's value must be. `otherwise` ends the complaint that starts with 'key=value'."""
+    """A condition on a key's value. `otherwise` ends the complaint that starts with 'key=value'."""
 
     accepts: Callable[[Any], bool]
     otherwise: str
@@ -42,7 +43,7 @@ def any_case(*names: str) -> Rule:
 
 
 def list_of(kind: type | tuple[type, ...], wording: str, accepts: Callable[[Any], bool]) -> Rule:
-    """Numbers of `kind`, whose sequence `accepts` takes."""
+    """Accepts a sequence of finite numbers of type `kind` for which `accepts` holds."""
 
     def accepted(values: Any) -> bool:
         numbers = all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
@@ -55,11 +56,11 @@ ANY = Rule(lambda value: True, "")
 POSITIVE = Rule(lambda value: value > 0, "must be positive")
 FRACTION = Rule(lambda value: 0 <= value < 1, "must be in [0, 1)")
 TIME = Rule(lambda value: 0 < value < 1, "must be below the end of time, 1, and positive")
-# Left to a registry that users add to: sde_lib.SDES, losses.WEIGHTINGS, datasets, models.MODELS. It answers while the
-# parts are built.
+# Users add to these registries: sde_lib.SDES, losses.WEIGHTINGS, datasets, models.MODELS. Each refuses an unknown name
+# itself when the parts are built.
 REGISTERED = ANY
 
-# One line a key. A key that is True or False may go without: its type is all there is to check.
+# One line for each key. A boolean key needs none: its type is all there is to check.
 RULES: dict[str, Rule] = {
     "seed": Rule(lambda value: 0 <= value < 2**32, "must be in [0, 2^32)"),
     "training.sde": REGISTERED,
@@ -102,7 +103,7 @@ RULES: dict[str, Rule] = {
     "model.sigma_max": POSITIVE,
     "model.beta_min": POSITIVE,
     "model.beta_max": POSITIVE,
-    "model.num_scales": at_least(2),  # NCSN's ladder of noise levels has two ends
+    "model.num_scales": at_least(2),  # NCSN's noise levels need a lowest and a highest
     "model.normalization": choice("GroupNorm"),
     "model.nonlinearity": any_case("elu", "relu", "lrelu", "swish"),
     "model.nf": at_least(1),
@@ -160,19 +161,19 @@ RULES: dict[str, Rule] = {
     "eval.inception_batch_size": at_least(1),
     "eval.stats_path": ANY,
     "eval.kid_subsets": at_least(1),
-    "eval.kid_subset_size": at_least(2),  # its estimate is unbiased by leaving out each pair of an image with itself
+    "eval.kid_subset_size": at_least(2),  # the unbiased estimate needs pairs of different images
     "deq.n_iters": at_least(1),
     "deq.ema_rate": FRACTION,
     "deq.dropout": FRACTION,
     "deq.network": choice("cifar10", "imagenet32", "imagenet64", "small"),
-    "deq.init_batch_size": at_least(2),  # it takes a variance
+    "deq.init_batch_size": at_least(2),  # the initialisation takes a variance over the images
     "deq.ckpt_id": at_least(0),
 }
 
 
 _POINTS = ("mog", "checkerboard", "swissroll")
-# Options that do nothing where they stand, and are refused there unless they have their default: what is so, the keys.
-# The shape of another network or the constants of another process are no options: config files hold them.
+# Each entry is a setting and the keys that do nothing under it. There a key must keep its default.
+# Shapes of another network and constants of another process are not listed, because config files set them for all.
 INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model.name": "mlp"}, ("model.remat", "model.dtype")),
     ({"model.name": "ncsnpp"}, ("model.num_layers",)),
@@ -191,7 +192,7 @@ INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 
 def load_config(path: str) -> ConfigDict:
-    """What the config file's `get_config()` returns. UserError with the file, its line and the cause if it fails."""
+    """Returns what the file's `get_config()` returns. UserError with the file, the line and the cause if that fails."""
     if not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist; see configs/ for those that do")
     lines: list[int | None] = []
@@ -205,7 +206,7 @@ def load_config(path: str) -> ConfigDict:
         if not isinstance(config, ConfigDict):
             raise TypeError(f"get_config returns {type(config).__name__}, not a ConfigDict")
         return config
-    except Exception as error:  # whatever the file does wrong
+    except Exception as error:  # the file is the user's code and may raise anything
         lines += [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         if isinstance(error, SyntaxError) and error.filename == path:
             lines.append(error.lineno)
@@ -214,7 +215,7 @@ def load_config(path: str) -> ConfigDict:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{'training.batch_size': 128, ...} of a nested config."""
+    """Returns a nested config as {'training.batch_size': 128, ...}."""
     flat = {}
     for key, value in config.items():
         flat.update(flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value})
@@ -222,9 +223,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(config: Any, base: Any) -> dict[str, tuple[Any, Any]]:
-    """{'training.batch_size': (value in base, value in config), ...} of the keys of both that differ.
+    """Returns {'training.batch_size': (value in base, value in config), ...} for the keys of both that differ.
 
-    Either may come from a JSON file, where a tuple is a list.
+    Either config may come from a JSON file, which stores a tuple as a list.
     """
     flat, other = flatten(config), flatten(base)
     return {key: (other[key], flat[key]) for key in flat if key in other and not _same(other[key], flat[key])}
@@ -239,7 +240,7 @@ def _same_name(a: Any, b: Any) -> bool:
 
 
 def check_key(key: str) -> None:
-    """UserError, with the nearest key that exists, if a config has no such key as 'training.batch_size'."""
+    """Raises UserError, which names the closest existing key, if configs have no key such as 'training.batch_size'."""
     known = flatten(get_default_configs())
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
@@ -339,7 +340,7 @@ def _sampling_conflicts(c: dict[str, Any]) -> Iterator[str]:
     if predictor == "ancestral_sampling" and sde == "subvpsde":
         pair = _pair(c, "sampling.predictor", "training.sde")
         yield f"{pair}: it is defined for vpsde and vesde; set sampling.predictor=reverse_diffusion"
-    # DDPM's step has the factor sqrt(1 - beta) with beta up to beta_max / N; the correctors' step size has 1 - beta
+    # DDPM's step has the factor sqrt(1 - beta), beta up to beta_max / N. The correctors' step size has 1 - beta.
     steps_of_ddpm = sde == "vpsde" and predictor in ("reverse_diffusion", "ancestral_sampling")
     if steps_of_ddpm or (sde in ("vpsde", "subvpsde") and corrector != "none"):
         if c["model.num_scales"] <= c["model.beta_max"]:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every config key with its default. A default stands here once; the other files here hold only what they change.
+"""All config keys and their defaults. The other config files hold only what they change.
 
-A key that is not here does not exist: `configs.check.check_config` refuses it by name.
+`configs.check.check_config` refuses a key that is not listed here.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_default_configs() -> ConfigDict:
-    """Returns a fresh config with every key of the project, VE SDE on 32x32 images."""
+    """Returns a new config with all keys, set for the VE SDE on 32x32 images."""
     config = ConfigDict()
     config.seed = 42
 
@@ -20,25 +20,25 @@ def get_default_configs() -> ConfigDict:
     training.exact_jacobian = False  # exact traces by jacfwd instead of a random probe, for small dimensions
     training.continuous = True
     training.reduce_mean = True  # False: half the sum over dimensions, order 1 only
-    training.weighting = ""  # of order 1: a name in losses.WEIGHTINGS; empty: as the next two say
+    training.weighting = ""  # of order 1: a name in losses.WEIGHTINGS; empty: the next two keys decide
     training.likelihood_weighting = False
     training.importance_weighting = False  # draws t uniform in log-SNR; with likelihood_weighting only
     training.smallest_time = 1e-5
     training.batch_size = 128
-    training.num_microbatches = 1  # parts of a device's batch, one after another, for less memory; same gradients
+    training.num_microbatches = 1  # splits a device's batch to save memory; the gradients are the same
     training.n_iters = 1_000_001
     training.n_jitted_steps = 1
     training.log_freq = 100
     training.eval_freq = 100
     training.snapshot_freq = 50_000
     training.snapshot_freq_for_preemption = 10_000
-    training.snapshot_minutes_for_preemption = 30.0  # a resume checkpoint also after so many minutes; 0: by steps only
+    training.snapshot_minutes_for_preemption = 30.0  # also resume checkpoints this many minutes apart; 0: by steps only
     training.matmul_precision = "default"  # of matrix products: default (TF32 on a GPU, bfloat16 on a TPU) | float32
-    training.max_bad_steps = 10  # in a row with a loss or gradient that is not finite, then the run stops
+    training.max_bad_steps = 10  # the run stops after so many steps in a row whose loss or gradient is not finite
     training.snapshot_sampling = True
-    training.init_from = ""  # a checkpoint, ours or of the public code, whose parameters and EMA a new run starts with
-    training.init_optimizer = False  # also its Adam moments, count and step
-    training.wandb_project = ""  # a project of Weights & Biases to log to as well (pip install wandb); empty: none
+    training.init_from = ""  # a new run takes parameters and EMA from this checkpoint, ours or the public code's
+    training.init_optimizer = False  # also takes the Adam moments, count and step
+    training.wandb_project = ""  # also logs to this Weights & Biases project (pip install wandb); empty: none
 
     config.optim = optim = ConfigDict()
     optim.optimizer = "Adam"
@@ -93,7 +93,7 @@ def get_default_configs() -> ConfigDict:
     model.dropout = 0.1
     model.scale_by_sigma = True
     model.data_init = False
-    model.remat = False  # residual blocks computed again in reverse mode: less memory, more time
+    model.remat = False  # recomputes residual blocks in the backward pass: less memory, more time
     model.dtype = "float32"  # float32 | bfloat16: the feature maps; parameters and losses stay float32
     model.num_layers = 3  # hidden layers of the MLP, each model.nf wide
     model.parameterization = ""  # noise | score | velocity; empty: velocity of the MLP, the public code's of ncsnpp
@@ -108,7 +108,7 @@ def get_default_configs() -> ConfigDict:
     sampling.noise_removal = True
     sampling.probability_flow = False
     sampling.snr = 0.16
-    sampling.matmul_precision = "float32"  # as training's; what is measured, likelihoods first, is always in float32
+    sampling.matmul_precision = "float32"  # default | float32; likelihoods and test losses always use float32
     sampling.rtol = 1e-5
     sampling.atol = 1e-5
 
@@ -125,24 +125,24 @@ def get_default_configs() -> ConfigDict:
     evaluate.num_samples = 50_000
     evaluate.num_repeats = 5
     evaluate.bpd_dataset = "test"  # train | test
-    evaluate.dataset = ""  # the same under the name of the public README; empty: bpd_dataset
-    evaluate.wait_for_checkpoints_s = 0.0  # how long a checkpoint that is not there yet is waited for
-    evaluate.gaussian_baseline = False  # also the bits/dim of a Gaussian fitted to the training images
-    evaluate.num_examples = 0  # of the split, for a quick look; 0: all
+    evaluate.dataset = ""  # the public README's name for bpd_dataset, which it overrides unless empty
+    evaluate.wait_for_checkpoints_s = 0.0  # waits so many seconds for a checkpoint that is not there yet
+    evaluate.gaussian_baseline = False  # also computes the bits/dim of a Gaussian fitted to the training images
+    evaluate.num_examples = 0  # uses only so many examples of the split, for a quick look; 0: all
     evaluate.hutchinson_type = "rademacher"  # rademacher | gaussian | exact
-    evaluate.num_probes = 1  # of Hutchinson's estimate in one solve, averaged
+    evaluate.num_probes = 1  # averaged in Hutchinson's trace estimate
     evaluate.rtol = 1e-5
     evaluate.atol = 1e-5
-    evaluate.max_steps = 20_000  # of the ODE solver, for one example
-    evaluate.ode_solver = "rk45"  # of the likelihood's ODE: rk45 | adams, an even grid in log-SNR: fewer evaluations
-    evaluate.ode_steps = 192  # of adams, which has no tolerance; the report has an estimate of its error
-    evaluate.ode_data_std = 0.25  # of adams: about the standard deviation of the scaled data
-    evaluate.bound = False  # the variational bound, beside the ODE's likelihood
-    evaluate.dsm = True  # the bound in its denoising form; False: sliced, with a probe
+    evaluate.max_steps = 20_000  # of the ODE solver, per example
+    evaluate.ode_solver = "rk45"  # of the likelihood: rk45 | adams, on an even grid in log-SNR with fewer evaluations
+    evaluate.ode_steps = 192  # of adams, which has no tolerance; the report estimates its error
+    evaluate.ode_data_std = 0.25  # of adams: the approximate standard deviation of the scaled data
+    evaluate.bound = False  # also computes the variational bound
+    evaluate.dsm = True  # True: denoising form of the bound; False: sliced form, with a probe
     evaluate.offset = True  # the bound accounts for the start at smallest_time
-    evaluate.bound_importance_weighting = True  # its times uniform in log-SNR
+    evaluate.bound_importance_weighting = True  # draws the bound's times uniform in log-SNR
     evaluate.bound_num_times = 1000
-    evaluate.dequantizer = False  # variational dequantisation, by what --mode train_deq made
+    evaluate.dequantizer = False  # uses the variational dequantiser that --mode train_deq trained
     evaluate.fisher_num_times = 100
     evaluate.fisher_num_examples = 256  # of the test split; 0: all
     evaluate.fisher_num_probes = 1  # 2 or more: distances without a probe's variance
@@ -159,7 +159,7 @@ def get_default_configs() -> ConfigDict:
     deq.offset = True
     deq.network = "cifar10"  # cifar10 | imagenet32 | imagenet64 | small: the Flow++ dequantiser's variant
     deq.init_batch_size = 128  # images of the data-dependent initialisation
-    deq.ckpt_id = 0  # checkpoint of the dequantiser that eval.dequantizer uses; 0: the newest
+    deq.ckpt_id = 0  # the dequantiser's checkpoint for eval.dequantizer; 0: the newest
     return config
 
 

@@ -21,7 +21,7 @@ def get_digits_configs() -> ConfigDict:
     config.data.uniform_dequantization = True
     config.model.update(nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), dropout=0.0, ema_rate=0.995)
     config.eval.update(batch_size=300, num_repeats=1, num_samples=64, gaussian_baseline=True)
-    config.eval.enable_metrics = False  # Inception, trained on photographs at 299x299, has little to say of 8x8 digits
+    config.eval.enable_metrics = False  # Inception, trained on 299x299 photographs, says little about 8x8 digits
     config.eval.update(fisher_num_times=10, fisher_num_examples=16)  # some minutes on a CPU
     config.deq.update(n_iters=1_000, network="small")
     return config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LSUN at 256x256: what every config on it changes of `default_configs.py`."""
+"""The changes to `default_configs.py` that all LSUN 256x256 configs share."""
 
 from ml_collections import ConfigDict
 

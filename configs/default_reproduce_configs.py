@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the experiments of `python -m reproduce` change in the configs of their data."""
+"""The changes that the experiments of `python -m reproduce` make to the configs of their data sets."""
 
 from ml_collections import ConfigDict
 
 
 def toy(config: ConfigDict, n_iters: int, snapshots: int) -> ConfigDict:
-    """Every snapshot is evaluated; no samples, because the density is known on a grid."""
+    """Evaluates every snapshot. It draws no samples, because the density is known on a grid."""
     every = n_iters // snapshots
     config.training.update(n_iters=n_iters, snapshot_freq=every, snapshot_freq_for_preemption=every)
     config.eval.update(begin_ckpt=1, end_ckpt=snapshots, enable_sampling=False)
@@ -14,7 +14,7 @@ def toy(config: ConfigDict, n_iters: int, snapshots: int) -> ConfigDict:
 
 
 def images(config: ConfigDict, n_iters: int) -> ConfigDict:
-    """One snapshot at the end; 512 samples of the ODE, at a tolerance that the eye cannot tell from 1e-5."""
+    """Takes one snapshot at the end and 512 samples by the ODE. To the eye, tolerance 1e-3 looks like 1e-5."""
     config.training.update(n_iters=n_iters, snapshot_freq=n_iters, snapshot_freq_for_preemption=500)
     config.training.snapshot_sampling = False
     config.eval.num_samples = 512

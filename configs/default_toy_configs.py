@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic data of low dimension: an MLP, exact traces, the paper's weights 0.5 and 0.1 of the higher orders."""
+"""Low-dimensional synthetic data: an MLP, exact traces and the paper's weights of the higher orders, 0.5 and 0.1."""
 
 from ml_collections import ConfigDict
 

@@ -8,7 +8,7 @@ from absl import logging
 from configs.check import differences
 from errors import UserError
 
-# With another value of these the saved state would mean something else, or the data would come in another order.
+# Another value of these would change what the saved state means or in which order the data come.
 _FIXED = (
     "seed",
     "training.sde",
@@ -25,7 +25,7 @@ BY_MACHINE = ("data.dir", "training.wandb_project")
 
 
 def check_resumed(config: Any, saved: dict[str, Any], where: Any, fixed_too: tuple[str, ...] = ()) -> None:
-    """UserError if a key that must stay differs from the checkpoint's config; tells of the others that differ."""
+    """Raises UserError if a key that must stay differs from the checkpoint's config; logs the other differences."""
     differing = differences(config, saved)
     fixed = [key for key in differing if key in (*_FIXED, *fixed_too) or _shapes_the_network(key)]
     if fixed:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--mode eval` computes of a checkpoint: one file, one function and one line of `EVALUATORS` each.
+"""The evaluations of a checkpoint by `--mode eval`. Each is one file, one function and one line of `EVALUATORS`.
 
-An evaluator is made once from the task of a run, so that it compiles once, and called with a `Context` for each
-checkpoint; it returns what goes into the report, by name. Its work is cut into units (see `evaluators.units`) that a
+An evaluator is made once from the task of a run, so that it compiles once. It is called with a `Context` for each
+checkpoint and returns what goes into the report, by name. Its work is cut into units (see `evaluators.units`) that a
 restart does not repeat and that several hosts share.
 """
 
@@ -13,7 +13,7 @@ from evaluators.context import Evaluator
 from evaluators.dequantized import Dequantizer
 from task import Task
 
-# the switch in `config.eval` -> the evaluator that it turns on
+# The switch in `config.eval`, and the evaluator that it turns on.
 EVALUATORS: dict[str, Callable[[Task, Dequantizer], Evaluator]] = {
     "enable_loss": loss.evaluator,
     "enable_bpd": likelihood.evaluator,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`eval.bound`: the variational bound on the likelihood of the reverse SDE, of the data that the ODE's is of."""
+"""`eval.bound`: the variational bound on the likelihood of the reverse SDE, on the data of `eval.enable_bpd`."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 
 import evaluation
 import likelihood
-from evaluators.context import Context, Evaluator, per_example, settings_of, split, split_name
+from evaluators.context import Context, Evaluator, fold_in_each, per_example, settings_of, split, split_name
 from evaluators.dequantized import Dequantizer
 from evaluators.likelihood import bits_per_dim, result_name
 from task import Task
@@ -20,25 +19,25 @@ _BOUND_KEY = 1  # apart from the probes of the ODE's likelihood
 
 def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     config, is_image = task.config.eval, task.dataset.is_image
-    name = split_name(config)
-    repeats = config.num_repeats if name == "test" else 1
-    examples = split(task, name, limit=config.num_examples, repeats=repeats)
+    split_of, name = split_name(config), result_name("bound", config)
+    repeats = config.num_repeats if split_of == "test" else 1
+    examples = split(task, split_of, limit=config.num_examples, repeats=repeats)
     settings = {**settings_of(config, *_SETTINGS), **dequantizer.settings}
-    options = {
-        "eps": task.config.training.smallest_time,
-        "num_time_samples": config.bound_num_times,
-        "importance_weighting": config.bound_importance_weighting,
-        "denoising": config.dsm,
-        "offset": config.offset,
-        "hutchinson_type": config.hutchinson_type,
-    }
     seed = jax.random.fold_in(jax.random.PRNGKey(task.config.seed), _BOUND_KEY)
 
     def bound_of(params, model_state, x, index, repeat):
-        fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        keys = jax.vmap(jax.random.fold_in)(fold_in(seed, repeat), index)
-        bound = functools.partial(likelihood.likelihood_bound, task.sde, task.score_fn(params, model_state))
-        return bound(x, keys, **options)
+        return likelihood.likelihood_bound(
+            task.sde,
+            task.score_fn(params, model_state),
+            x,
+            fold_in_each(seed, repeat, index),
+            eps=task.config.training.smallest_time,
+            num_time_samples=config.bound_num_times,
+            importance_weighting=config.bound_importance_weighting,
+            denoising=config.dsm,
+            offset=config.offset,
+            hutchinson_type=config.hutchinson_type,
+        )
 
     bound_fn = per_example(bound_of, examples.size)
 
@@ -48,12 +47,11 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             bound = bound_fn(context.params, context.model_state, x, index, np.full_like(index, repeat))
             return {"bound": bound - log_q}
 
-        units = context.units("bound", {**examples.settings, **settings})
-        bound = examples.stacked(units.run(examples.num_units, unit, f"bound, {name} split"), "bound")  # nats
-        arrays = {"bound": bound, **({"bpd": bits_per_dim(task, bound)} if is_image else {})}
-        context.write(result_name("bound", config), **arrays)
-        value = evaluation.mean_and_stderr(arrays["bpd"] if is_image else -bound)
-        unit_name = "bits/dim" if is_image else "nats"
-        return {result_name("bound", config): {**value, "unit": unit_name, "settings": settings}}
+        arrays = examples.run(context, "bound", settings, unit)
+        if is_image:
+            arrays["bpd"] = bits_per_dim(task, arrays["bound"])
+        context.write(name, **arrays)
+        value = evaluation.mean_and_stderr(arrays["bpd"] if is_image else -arrays["bound"])
+        return {name: {**value, "unit": "bits/dim" if is_image else "nats", "settings": settings}}
 
     return evaluate

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluator is given, and the batches of examples that most of them go through."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 import datasets
-from evaluators.units import Rows, Units
+from evaluators.units import Units
 from runtime.devices import shard
 from runtime.records import write_npz, write_npz_rows
 from task import Task
@@ -23,23 +24,24 @@ class Context(NamedTuple):
     model_state: Any
     number: int
     out: Path
-    identity: dict[str, Any]  # what, beside an evaluator's own settings, its results depend on
+    identity: dict[str, Any]  # what all results depend on, beside an evaluator's own settings
 
-    def units(self, kind: str, settings: dict[str, Any]) -> Units:
-        """The units of one kind of work, apart from those of another checkpoint, data set or setting."""
-        return Units(self.out / "units", f"{kind}_{self.number}", {**self.identity, **settings})
+    def run(self, kind: str, settings: dict[str, Any], count: int, unit: Callable, label: str = "") -> Units:
+        """Runs `Units` of one kind of work, apart from those of another checkpoint, data set or setting."""
+        units = Units(self.out / "units", f"{kind}_{self.number}", {**self.identity, **settings})
+        return units.run(count, unit, label)
 
     def file(self, name: str, suffix: str = "npz") -> Path:
-        """<name>_<checkpoint>.<suffix>"""
+        """The path of <name>_<checkpoint>.<suffix>, for a result."""
         return self.out / f"{name}_{self.number}.{suffix}"
 
     def write(self, name: str, **arrays: np.ndarray) -> None:
-        """`file(name)`, by the first host."""
+        """Writes `file(name)`, on the first host."""
         if jax.process_index() == 0:
             write_npz(self.file(name), **arrays)
 
     def write_rows(self, name: str, count: int, chunks: Iterable[np.ndarray]) -> None:
-        """`write` of one array [count, ...], itself called `name`, whose rows come in chunks."""
+        """Writes `file(name)` with one array [count, ...], itself called `name`, whose rows come in chunks."""
         if jax.process_index() == 0:
             write_npz_rows(self.file(name), name, count, chunks)
 
@@ -48,13 +50,18 @@ Evaluator = Callable[[Context], dict[str, Any]]
 
 
 def settings_of(config: Any, *keys: str) -> dict[str, Any]:
-    """{key: value} of the keys of a config section, for `Context.units`."""
+    """{key: value} of these keys of a config section, for `Context.run`."""
     return {key: config[key] for key in keys}
 
 
 def settings_except(config: Any, *keys: str) -> dict[str, Any]:
-    """All keys of a config section that is handed on as a whole, a new one too, but those that cannot matter."""
+    """{key: value} of all keys of a config section, also those that are new, except these, which cannot matter."""
     return {key: value for key, value in config.to_dict().items() if key not in keys}
+
+
+def fold_in_each(key: jax.Array, *numbers: Any) -> jax.Array:
+    """A key for each example: `key` with the example's entry of each of `numbers` [b] folded in, one after another."""
+    return jax.vmap(lambda *entries: functools.reduce(jax.random.fold_in, entries, key))(*numbers)
 
 
 def per_example(fn: Callable, size: int) -> Callable:
@@ -76,12 +83,12 @@ def per_example(fn: Callable, size: int) -> Callable:
 
 
 def round_up(n: int) -> int:
-    """To a multiple of this process's devices."""
+    """The next multiple of the number of this process's devices."""
     return math.ceil(n / jax.local_device_count()) * jax.local_device_count()
 
 
 class Split(NamedTuple):
-    """A split of the data in batches: unit number -> its repeat and its examples."""
+    """A split of the data in batches. Each unit number stands for a repeat and a batch of its examples."""
 
     task: Task
     name: str  # train | test
@@ -91,7 +98,7 @@ class Split(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a unit's number means, and of which examples."""
+        """Tells which examples a unit's number stands for."""
         content = self.task.dataset.digest(self.name)
         return {"split": self.name, "content": content, "count": self.count, "size": self.size}
 
@@ -99,35 +106,31 @@ class Split(NamedTuple):
     def num_units(self) -> int:
         return self.repeats * math.ceil(self.count / self.size)
 
-    def batch(self, unit: int, *, dequantize: bool = True, scale: bool = True) -> tuple[int, np.ndarray, np.ndarray]:
-        """repeat, x [b, ...] and example index int32 [b]. Noise is a function of seed, example and repeat alone."""
+    def batch(self, unit: int, **options: bool) -> tuple[int, np.ndarray, np.ndarray]:
+        """The repeat, x [b, ...] and the examples' index int32 [b] of a unit. options: of `datasets.eval_batch`."""
         repeat, batch = divmod(unit, math.ceil(self.count / self.size))
         index = np.arange(batch * self.size, min((batch + 1) * self.size, self.count))
-        config = self.task.config
-        x = datasets.eval_batch(
-            self.task.dataset,
-            config.data,
-            self.name,
-            index,
-            seed=config.seed,
-            repeat=repeat,
-            dequantize=dequantize,
-            scale=scale,
-        )
+        dataset, config = self.task.dataset, self.task.config
+        x = datasets.eval_batch(dataset, config.data, self.name, index, seed=config.seed, repeat=repeat, **options)
         return repeat, x, index.astype(np.int32)
 
-    def stacked(self, rows: Rows, key: str) -> np.ndarray:
-        """The units' arrays [b] as [repeats, count]."""
-        return np.concatenate([row[key] for row in rows]).reshape(self.repeats, self.count)
+    def run(
+        self, context: Context, kind: str, settings: dict[str, Any], unit: Callable[[int], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Runs `unit(k) -> {name: [b, ...]}` as units of work and returns {name: [repeats, count, ...]}."""
+        label = f"{kind}, {self.name} split"
+        rows = context.run(kind, {**self.settings, **settings}, self.num_units, unit, label)
+        arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        return {name: array.reshape(self.repeats, self.count, *array.shape[1:]) for name, array in arrays.items()}
 
 
 def split_name(config: Any) -> str:
-    """Of the likelihoods: `eval.dataset`, the public README's name, or else `eval.bpd_dataset`, its code's."""
+    """The likelihoods' split: `eval.dataset`, the name in the public README, else `eval.bpd_dataset`, in its code."""
     return config.dataset or config.bpd_dataset
 
 
 def split(task: Task, name: str, *, limit: int = 0, repeats: int = 1) -> Split:
-    """limit > 0: of the first `limit` examples."""
+    """Cuts a split, or its first `limit` > 0 examples, into batches of `eval.batch_size` or fewer."""
     size = len(getattr(task.dataset, name))
     count = min(size, limit) if limit else size
     return Split(task, name, count, min(task.config.eval.batch_size, round_up(count)), repeats)

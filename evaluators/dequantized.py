@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an evaluation of 8-bit images gets continuous ones: uniform noise, or the variational dequantiser's."""
+"""Makes continuous images of 8-bit ones for an evaluation, by uniform noise or by the variational dequantiser."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from absl import logging
 import checkpoints
 import datasets
 import dequantization
-from evaluators.context import Split, per_example
+from evaluators.context import Split, fold_in_each, per_example
 from models.flowpp import create_dequantizer
 from runtime.devices import digest, replicate
 from task import Task, dequantizer_state
@@ -21,14 +22,14 @@ _NOISE_KEY = 2  # apart from the probes of the likelihood and the bound
 
 
 class Dequantizer(NamedTuple):
-    """batch(examples, unit) -> repeat, x [b, ...], index [b] and log q of the noise [b], nats (0 if uniform)."""
+    """batch(examples, unit) -> repeat, x [b, ...], index [b] and log q [b] of the noise in nats, 0 if it is uniform."""
 
     batch: Callable[[Split, int], tuple[int, np.ndarray, np.ndarray, np.ndarray]]
     settings: dict[str, Any]
 
 
 def uniform() -> Dequantizer:
-    """u / 256, u uniform in [0, 1), which costs nothing; points are left as they are."""
+    """Adds u / 256 with u uniform in [0, 1) to images, and leaves points as they are."""
 
     def batch(examples: Split, unit: int):
         repeat, x, index = examples.batch(unit)
@@ -38,7 +39,7 @@ def uniform() -> Dequantizer:
 
 
 def variational(task: Task, directory: Path) -> Dequantizer:
-    """The one that `--mode train_deq` left in `directory`, its EMA parameters; UserError if there is none."""
+    """The dequantiser that `--mode train_deq` left in `directory`, its EMA parameters. UserError if there is none."""
     config = task.config
     path = checkpoints.find(directory / "checkpoints", config.deq.ckpt_id)
     model = create_dequantizer(config.deq.network)
@@ -50,19 +51,16 @@ def variational(task: Task, directory: Path) -> Dequantizer:
     seed = jax.random.fold_in(jax.random.PRNGKey(config.seed), _NOISE_KEY)
 
     def dequantize(params, _, image, index, repeat):
-        def normal(i, r):
-            return jax.random.normal(jax.random.fold_in(jax.random.fold_in(seed, r), i), image.shape[1:])
-
-        x, log_q = dequantization.dequantize(model, params, image, jax.vmap(normal)(index, repeat))
+        normal = functools.partial(jax.random.normal, shape=image.shape[1:])
+        u = jax.vmap(normal)(fold_in_each(seed, repeat, index))
+        x, log_q = dequantization.dequantize(model, params, image, u)
         return scaler(x), log_q
 
-    programs: dict[int, Callable] = {}  # by size of the batch
+    program = functools.cache(functools.partial(per_example, dequantize))  # one for each size of the batch
 
     def batch(examples: Split, unit: int):
-        if examples.size not in programs:
-            programs[examples.size] = per_example(dequantize, examples.size)
         repeat, image, index = examples.batch(unit, dequantize=False, scale=False)
-        x, log_q = programs[examples.size](params, {}, image, index, np.full_like(index, repeat))
+        x, log_q = program(examples.size)(params, {}, image, index, np.full_like(index, repeat))
         return repeat, x, index, log_q
 
     settings = {"network": config.deq.network, "dequantizer": digest(state.ema_params)}

@@ -2,8 +2,8 @@
 """The density of the reverse SDE's samples in one dimension, by its Fokker-Planck equation.
 
 The reverse SDE dx = (f x - g^2 s) dt + g dW (Song et al. 2021, arXiv 2011.13456, equation 6), from the prior at T down
-to eps, has another density than the probability
-flow ODE as soon as the score s is not exact. Here it is computed on a grid, so that it has no sampling error.
+to eps, has another density than the probability flow ODE as soon as the score s is not exact. It is computed on a grid,
+so it has no sampling error.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.interpolate import CubicSpline
 from scipy.linalg import solve_banded
+from scipy.sparse import dia_array
 
 from sde_lib import SDE, ScoreFn
 
@@ -30,8 +31,7 @@ def reverse_sde_log_density(
 ) -> Float[np.ndarray, "M"]:
     """log density at x, nats [M], of the reverse SDE's solution at eps; -inf outside the grid.
 
-    With w = x / c, c = S alpha cosh tau, sinh tau = sigma / (alpha S) and -tau as the
-    time, the SDE is the same for every process,
+    With w = x / c, c = S alpha cosh tau, sinh tau = sigma / (alpha S) and -tau as the time, every process has the SDE
 
         dw = (2 sigma s + tanh(tau) w) dr + sqrt(2 tanh tau) dW,    r = -tau,
 
@@ -62,23 +62,16 @@ def reverse_sde_log_density(
         half = 0.5 * dr * _flow(2 * sigma * score + np.tanh(tau) * edges, np.tanh(tau), h)
         implicit = -half
         implicit[1] += 1
-        density = solve_banded((1, 1), implicit, density + _banded_product(half, density))
+        explicit = dia_array((half, (1, 0, -1)), shape=(cells, cells))
+        density = solve_banded((1, 1), implicit, density + explicit @ density)
     w = x / last_scale
     logp = CubicSpline(centers, np.log(np.maximum(density, 1e-30)))(w) - np.log(last_scale)
     return np.where(np.abs(w) <= centers[-1], logp, -np.inf)
 
 
 def _flow(velocity: Float[np.ndarray, "edges"], diffusion: float, h: float) -> Float[np.ndarray, "3 cells"]:
-    """-dF/dw of cells of width h as a tridiagonal matrix, in the layout of `solve_banded`."""
-    from_left, from_right = velocity / 2 + diffusion / h, velocity / 2 - diffusion / h  # of the flux through an edge
+    """-dF/dw of cells of width h as a tridiagonal matrix, in the layout of `solve_banded` and `dia_array`."""
+    from_left, from_right = velocity / 2 + diffusion / h, velocity / 2 - diffusion / h  # parts of the flux at an edge
     from_left[[0, -1]] = from_right[[0, -1]] = 0
     bands = np.stack([np.append(0, -from_right[1:-1]), from_right[:-1] - from_left[1:], np.append(from_left[1:-1], 0)])
     return bands / h
-
-
-def _banded_product(bands: Float[np.ndarray, "3 n"], x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    upper, diagonal, lower = bands
-    product = diagonal * x
-    product[:-1] += upper[1:] * x[1:]
-    product[1:] += lower[:-1] * x[:-1]
-    return product

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network whose features of images IS, FID and KID are made of.
+"""The network whose features of images make IS, FID and KID: TF-Hub's `tfgan/eval/inception/1` or a SavedModel on disk.
 
-TF-Hub's `tfgan/eval/inception/1`, whose pool_3 [2048] and logits [1008] the published IS, FID and KID of this line of
-work are made of, or a SavedModel on disk. TensorFlow is imported late, because training needs none of this.
+The published IS, FID and KID of this line of work are made of the former's pool_3 [2048] and logits [1008].
+TensorFlow is imported late, because training does not need it.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ POOL_DIM, LOGITS_DIM = 2048, 1008
 
 
 def load_features(path: str = "") -> Features:
-    """The features of TF-Hub's `tfgan/eval/inception/1` or, if path is given, of the SavedModel in that folder.
+    """Loads TF-Hub's `tfgan/eval/inception/1` or, if path is given, the SavedModel in that folder.
 
-    Images go in as (u - 127.5) / 127.5, float32 in [-1, 1], one channel as three equal ones. They go in at their own
-    size, which the TF-Hub network itself brings to its own, unless the SavedModel takes one size only: then they are
-    resized to it as tensorflow-gan once did, by TensorFlow 1's bilinear (pixel i is read at i * in / out; no
-    antialiasing). TensorFlow runs on a GPU where it finds one, and takes of its memory what it needs.
+    Images go in as (u - 127.5) / 127.5, float32 in [-1, 1], one channel as three equal ones. They keep their size, and
+    the TF-Hub network resizes them itself. If a SavedModel takes one size only, images are resized to it by TensorFlow
+    1's bilinear (pixel i is read at i * in / out; no antialiasing), as tensorflow-gan once did. TensorFlow runs on a
+    GPU if it finds one, and takes as much of its memory as it needs.
 
-    Offline nothing proves a folder to be TF-Hub's network; `comparable` is then False, and `hash` is there to compare.
+    Nothing proves a folder to be TF-Hub's network, so `comparable` is False for it. `hash` is there to compare.
     UserError: TF-Hub out of reach (within seconds), no SavedModel, no outputs pool_3 and logits.
     """
     import tensorflow as tf
@@ -56,23 +56,20 @@ def load_features(path: str = "") -> Features:
     except KeyError as error:
         raise UserError(f"{folder} has no output {error}; the network must give pool_3 and logits") from error
     except (TypeError, ValueError, IndexError, tf.errors.OpError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder} does not take images float32 [N, H, W, 3] ({reason}); set eval.inception_path to another"
-        ) from error
-    dims = (pool_3.shape[1], logits.shape[1])
-    if dims != (POOL_DIM, LOGITS_DIM):
-        note = f"not comparable with published results: pool_3 and logits have {dims[0]} and {dims[1]} numbers"
+        takes_not = f"{folder} does not take images float32 [N, H, W, 3] ({_in_one_line(error)})"
+        raise UserError(f"{takes_not}; set eval.inception_path to another") from error
+    pool_dim, logits_dim = pool_3.shape[1], logits.shape[1]
+    note = "comparable with published results"
+    if (pool_dim, logits_dim) != (POOL_DIM, LOGITS_DIM):
+        note = f"not {note}: pool_3 and logits have {pool_dim} and {logits_dim} numbers"
     elif path:
-        note = f"comparable with published results only if this folder is {TFHUB_HANDLE}"
-    else:
-        note = "comparable with published results"
-    comparable = not path and dims == (POOL_DIM, LOGITS_DIM)
+        note = f"{note} only if this folder is {TFHUB_HANDLE}"
+    comparable = not path and (pool_dim, logits_dim) == (POOL_DIM, LOGITS_DIM)
     return Features(fn, path or TFHUB_HANDLE, _hash_of_model(folder), resize, comparable, note)
 
 
 def _network(folder: Path) -> tuple[Callable, tuple[int, int] | None]:
-    """uint8 [n, H, W, 1 or 3] -> pool_3, logits; and the height and width that it demands, or None if it takes any."""
+    """(uint8 [n, H, W, 1 or 3]) -> pool_3, logits; and the height and width that it demands, or None for any."""
     import tensorflow as tf
 
     if not (folder / "saved_model.pb").is_file():
@@ -82,8 +79,7 @@ def _network(folder: Path) -> tuple[Callable, tuple[int, int] | None]:
     try:
         model = tf.saved_model.load(str(folder))
     except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} cannot be read as a SavedModel ({reason}); copy it anew") from error
+        raise UserError(f"{folder} cannot be read as a SavedModel ({_in_one_line(error)}); copy it anew") from error
     if callable(model):
         functions, call = model.__call__.concrete_functions, model
     elif signatures := dict(model.signatures):
@@ -112,7 +108,7 @@ def _network(folder: Path) -> tuple[Callable, tuple[int, int] | None]:
 
 
 def _tfhub_folder() -> Path:
-    """Where TF-Hub's network lies, downloaded if it is not there yet; a short probe first, as urllib waits minutes."""
+    """The folder of TF-Hub's network, downloaded if it is not there. A short probe goes first: urllib waits minutes."""
     import tensorflow as tf
 
     with warnings.catch_warnings():
@@ -126,7 +122,7 @@ def _tfhub_folder() -> Path:
         try:
             return Path(hub.resolve(TFHUB_HANDLE))
         except (OSError, ValueError, tf.errors.OpError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {_in_one_line(error)}"
     raise UserError(
         f"{TFHUB_HANDLE} is neither in {cache} nor can be downloaded ({reason}): download it where there is a network "
         "and set eval.inception_path to its folder, or set eval.enable_metrics=False"
@@ -134,9 +130,12 @@ def _tfhub_folder() -> Path:
 
 
 def _hash_of_model(folder: Path) -> str:
-    """Of the names and bytes of the graph and the weights; a copy of the folder has the same."""
+    """A hash of the names and bytes of the graph and the weights."""
     digest = hashlib.sha256()
     for path in [folder / "saved_model.pb", *sorted((folder / "variables").glob("*"))]:
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

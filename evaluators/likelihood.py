@@ -14,11 +14,11 @@ from absl import logging
 import evaluation
 import likelihood
 from evaluators import fokker_planck, quadrature
-from evaluators.context import Context, Evaluator, per_example, round_up, settings_of, split, split_name
+from evaluators.context import Context, Evaluator, fold_in_each, per_example, round_up, settings_of, split, split_name
 from evaluators.dequantized import Dequantizer
 from task import Task
 
-_SETTINGS = {  # what a result depends on, by eval.ode_solver
+_SETTINGS = {  # the keys that a result depends on, by eval.ode_solver
     "rk45": ("hutchinson_type", "num_probes", "rtol", "atol", "max_steps"),
     "adams": ("hutchinson_type", "num_probes", "ode_solver", "ode_steps", "ode_data_std"),
 }
@@ -28,63 +28,59 @@ def log_likelihood(task: Task, size: int):
     """(params, model_state, x [b, ...], index [b], repeat [b]) -> {"logp" [b] in nats, "nfe" [b]}.
 
     With `eval.ode_solver=adams` also "ode_error" [b], an estimate of logp's error. The probes of an example are a
-    function of seed, index and repeat alone, so that checkpoints and orders are compared on the same. logp is NaN, with
-    a warning, for an example that the solver gave up on.
+    function of seed, index and repeat alone, so checkpoints and orders are compared on the same ones. If the solver
+    gives up on an example its logp is NaN, and a warning says so.
     """
-    config = task.config.eval
-    fixed = config.ode_solver == "adams"
-    if fixed:
-        names = "logp", "nfe", "ode_error"
+    config, key = task.config.eval, jax.random.PRNGKey(task.config.seed)
+    if config.ode_solver == "adams":
         options = {"steps": config.ode_steps, "data_std": config.ode_data_std}
         solve = functools.partial(likelihood.even_grid_log_likelihood, **options)
         reason = f"with eval.ode_steps={config.ode_steps} the error is above 1 bit/dim or the state not finite"
-        failure = reason, "take more steps or eval.ode_solver=rk45"
+        remedy = "take more steps or eval.ode_solver=rk45"
     else:
-        names = "logp", "nfe"
-        options = {"rtol": config.rtol, "atol": config.atol, "max_steps": config.max_steps}
+        options = settings_of(config, "rtol", "atol", "max_steps")
         solve = functools.partial(likelihood.ode_log_likelihood, **options)
         reason = "it reached eval.max_steps or a non-finite state"
-        failure = reason, "raise eval.max_steps, loosen eval.rtol/atol"
-    seed, eps, kind = task.config.seed, task.config.training.smallest_time, config.hutchinson_type
+        remedy = "raise eval.max_steps, loosen eval.rtol/atol"
 
     def fn(params, model_state, x, index, repeat):
-        key = jax.random.PRNGKey(seed)
-        keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, r), i))(index, repeat)
-        probe = likelihood.probes(keys, x.shape[1:], kind, config.num_probes)
+        keys = fold_in_each(key, repeat, index)
+        probe = likelihood.probes(keys, x.shape[1:], config.hutchinson_type, config.num_probes)
+        eps = task.config.training.smallest_time
         logp, _, *rest = solve(task.sde, task.score_fn(params, model_state), x, probe, eps=eps)
-        return dict(zip(names, (logp, *rest), strict=True))
+        return {"logp": logp, **dict(zip(("nfe", "ode_error"), rest, strict=False))}
 
     mapped = per_example(fn, size)
 
     def call(params, model_state, x, index, repeat):
         result = mapped(params, model_state, x, index, np.full_like(index, repeat))
         failed = ~np.isfinite(result["logp"])
-        if fixed:
+        if "ode_error" in result:
             failed |= result["ode_error"] > math.prod(x.shape[1:]) * math.log(2)
         if failed.any():
             count = f"{failed.sum()} of {len(x)} examples, first on number {index[failed][0]}"
-            logging.warning("the likelihood ODE failed on %s: %s; %s, or train further", count, *failure)
+            logging.warning("the likelihood ODE failed on %s: %s; %s, or train further", count, reason, remedy)
         return result | {"logp": np.where(failed, np.nan, result["logp"])}
 
     return call
 
 
 def result_name(kind: str, config: Any) -> str:
-    """kind, and what is not the default about its data: bpd, bpd_variational, bpd_train, ..."""
+    """`kind` with what is not the default about its data: bpd, bpd_variational, bpd_train, ..."""
     return kind + ("_variational" if config.dequantizer else "") + ("_train" if split_name(config) == "train" else "")
 
 
 def bits_per_dim(task: Task, logp: np.ndarray) -> np.ndarray:
-    """Any shape, nats -> bits/dim."""
-    dim = math.prod(task.dataset.shape)
-    flat = likelihood.bits_per_dim(jnp.asarray(logp.reshape(-1)), dim, task.inverse_scaler)
-    return np.asarray(flat).reshape(logp.shape)
+    """Bits/dim of log densities in nats, of any shape."""
+    flat = jnp.asarray(logp.reshape(-1))
+    bpd = likelihood.bits_per_dim(flat, math.prod(task.dataset.shape), task.inverse_scaler)
+    return np.asarray(bpd).reshape(logp.shape)
 
 
 def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     config, is_image = task.config.eval, task.dataset.is_image
     name = split_name(config)
-    # a repeat differs by dequantisation noise and probe; the training split is large enough for one
+    # Repeats differ by dequantisation noise and probe. The training split is large enough for one.
     repeats = config.num_repeats if name == "test" and (is_image or config.hutchinson_type != "exact") else 1
     examples = split(task, name, limit=config.num_examples, repeats=repeats)
     log_likelihood_fn = log_likelihood(task, examples.size)
@@ -97,9 +93,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             row = log_likelihood_fn(context.params, context.model_state, x, index, repeat)
             return row | {"logp": row["logp"] - log_q}
 
-        units = context.units("likelihood", {**examples.settings, **settings})
-        rows = units.run(examples.num_units, unit, f"likelihood, {name} split")
-        arrays = {key: examples.stacked(rows, key) for key in rows[0]}
+        arrays = examples.run(context, "likelihood", settings, unit)
         logp, nfe = arrays["logp"], arrays["nfe"]
         if is_image:
             arrays["bpd"] = bits_per_dim(task, logp)
@@ -112,31 +106,28 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             result_name("nfe", config): {"min": int(nfe.min()), "mean": float(nfe.mean()), "max": int(nfe.max())},
         }
         if "ode_error" in arrays:
-            error = arrays["ode_error"][np.isfinite(logp)] / (
-                math.prod(task.dataset.shape) * math.log(2) if is_image else 1
-            )
+            unit_size = math.prod(task.dataset.shape) * math.log(2) if is_image else 1  # in nats
+            error = arrays["ode_error"][np.isfinite(logp)] / unit_size
             summary = {"mean": float(error.mean()), "max": float(error.max(initial=0))}
             result[result_name("ode_error", config)] = {**summary, "unit": "bits/dim" if is_image else "nats"}
         if is_image and config.gaussian_baseline:
-            of_model = task.config.seed, name, config.num_examples  # the same images
-            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(task.dataset, task.config.data, *of_model)
+            same_images = task.config.seed, name, config.num_examples
+            result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(task.dataset, task.config.data, *same_images)
         return result if density is None else result | density(context)
 
     return evaluate
 
 
 def _density(task: Task) -> Evaluator:
-    """The ODE's density on a grid and, where the data's is known, its exact NLL by quadrature; in 1-D the SDE's too."""
+    """The ODE's density on a grid and, if the data's is known, its exact NLL by quadrature; in 1-D the SDE's too."""
     config = task.config.eval
     grid, data = quadrature.density_grid(task.dataset)
     points = grid.points
     size = min(config.batch_size, round_up(len(points)))
     log_likelihood_fn = log_likelihood(task, size)
-    settings = {"points": len(points), "breaks": task.dataset.breaks, "size": size}
-    settings |= settings_of(config, *_SETTINGS[config.ode_solver])
-    sde_density = None
-    if points.shape[1] == 1:
-        sde_density = _sde_density(task, points[:, 0].astype(np.float64), float(data.std()))
+    of_solver = settings_of(config, *_SETTINGS[config.ode_solver])
+    settings = {"points": len(points), "breaks": task.dataset.breaks, "size": size, **of_solver}
+    sde_density = _sde_density(task, points[:, 0], float(data.std())) if points.shape[1] == 1 else None
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
@@ -144,7 +135,7 @@ def _density(task: Task) -> Evaluator:
             row = log_likelihood_fn(context.params, context.model_state, points[index], index, 0)
             return {"logp": row["logp"]}
 
-        rows = context.units("density", settings).run(math.ceil(len(points) / size), unit)
+        rows = context.run("density", settings, math.ceil(len(points) / size), unit)
         arrays = {"x": points, "model_logp": np.concatenate([row["logp"] for row in rows]), "data": data}
         failed = int(np.sum(np.isnan(arrays["model_logp"])))
         result: dict[str, Any] = {"density": evaluation.failures(failed)} if failed else {}
@@ -162,18 +153,18 @@ def _density(task: Task) -> Evaluator:
 
 
 def _sde_density(task: Task, x: np.ndarray, data_std: float) -> Callable[[Context], np.ndarray]:
-    """The log density [M], in nats, of the reverse SDE at x [M]; its score network takes the Fokker-Planck grid."""
+    """The log density [M], in nats, of the reverse SDE at x [M]. One batch of the network is the Fokker-Planck grid."""
     cells = 4000
-    eps = task.config.training.smallest_time
+    options = {"eps": task.config.training.smallest_time, "data_std": data_std, "cells": cells}
     score = per_example(lambda params, model_state, x, t: task.score_fn(params, model_state)(x, t), round_up(cells + 1))
 
     def evaluate(context: Context) -> np.ndarray:
         def unit(_: int) -> dict[str, np.ndarray]:
             score_fn = functools.partial(score, context.params, context.model_state)
-            options = {"eps": eps, "data_std": data_std, "cells": cells}
-            return {"logp": fokker_planck.reverse_sde_log_density(task.sde, score_fn, x, **options)}
+            logp = fokker_planck.reverse_sde_log_density(task.sde, score_fn, x.astype(np.float64), **options)
+            return {"logp": logp}
 
         settings = {"cells": cells, "data_std": data_std, "points": len(x)}
-        return context.units("sde_density", settings).run(1, unit)[0]["logp"]
+        return context.run("sde_density", settings, 1, unit)[0]["logp"]
 
     return evaluate

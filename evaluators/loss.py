@@ -12,32 +12,19 @@ from evaluators.context import Context, Evaluator, per_example, settings_except,
 from evaluators.dequantized import Dequantizer
 from task import Task
 
-# What of `config.training` the loss of an example under given parameters cannot depend on.
+# The keys of `config.training` on which the loss of an example under given parameters cannot depend.
 CANNOT_MATTER = (
-    "batch_size",
-    "num_microbatches",
-    "n_iters",
-    "n_jitted_steps",
-    "log_freq",
-    "eval_freq",
-    "snapshot_freq",
-    "snapshot_freq_for_preemption",
-    "snapshot_minutes_for_preemption",
-    "snapshot_sampling",
-    "matmul_precision",
-    "max_bad_steps",
-    "init_from",
-    "init_optimizer",
-    "wandb_project",
+    *("batch_size", "num_microbatches", "n_iters", "n_jitted_steps", "matmul_precision", "max_bad_steps"),
+    *("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption", "snapshot_minutes_for_preemption"),
+    *("snapshot_sampling", "init_from", "init_optimizer", "wandb_project"),
 )
 
 
 def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
-    """The data as in training, so the variational dequantiser has no part in it; no dropout, no flips."""
+    """The data are dequantised as in training, so `dequantizer` has no part in it; no dropout, no flips."""
     config = task.config
     examples = split(task, "test", limit=config.eval.num_examples)
     loss_fn = losses.get_loss_fn(config.training, task.sde, lambda params, state, _: task.score_fn(params, state))
-    dequantize = config.data.uniform_dequantization
 
     def terms_of(params, model_state, x, index):
         _, terms = loss_fn(params, model_state, x, index, jax.random.PRNGKey(config.seed))
@@ -47,12 +34,10 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
-            _, x, index = examples.batch(k, dequantize=dequantize)
+            _, x, index = examples.batch(k, dequantize=config.data.uniform_dequantization)
             return terms_fn(context.params, context.model_state, x, index)
 
-        settings = {**examples.settings, **settings_except(config.training, *CANNOT_MATTER)}
-        rows = context.units("loss", settings).run(examples.num_units, unit, "loss, test split")
-        terms = {name: examples.stacked(rows, name) for name in rows[0]}
+        terms = examples.run(context, "loss", settings_except(config.training, *CANNOT_MATTER), unit)
         context.write("loss", **terms)
         return {"loss": {name: evaluation.mean_and_stderr(values) for name, values in terms.items()}}
 

@@ -13,9 +13,9 @@ import datasets
 
 
 class Grid(NamedTuple):
-    """A rule of quadrature: int f = sum of weights * f(points). In 2-D the points are row-major, as many on each axis.
+    """A rule of quadrature: int f = sum of weights * f(points). In 2-D the points are row-major.
 
-    Every third point of each axis makes a coarser rule of the same kind, of the points `thirds`.
+    The points number `thirds`, every third one of each axis, make a coarser rule of the same kind.
     """
 
     points: Float[np.ndarray, "M D"]
@@ -23,12 +23,12 @@ class Grid(NamedTuple):
     thirds: Int[np.ndarray, "m"]
 
 
-def density_grid(dataset: datasets.Dataset, points: int = 3999, points_2d: int = 126) -> tuple[Grid, np.ndarray]:
-    """A grid over 1-D or 2-D data with a margin of a quarter of their range; data float32 [N, D]."""
-    data = np.stack([dataset.test[i] for i in range(min(5000, len(dataset.test)))]).astype(np.float64)
-    margin = 0.25 * (data.max(axis=0) - data.min(axis=0))
+def density_grid(dataset: datasets.Dataset) -> tuple[Grid, np.ndarray]:
+    """A grid over 1-D or 2-D test data with a margin of a quarter of their range; and those data, float32 [N, D]."""
+    data = dataset.test[np.arange(min(5000, len(dataset.test)))].astype(np.float64)
+    margin = 0.25 * np.ptp(data, axis=0)
     ends = zip(data.min(axis=0) - margin, data.max(axis=0) + margin, strict=True)
-    count = points if data.shape[1] == 1 else points_2d
+    count = 3999 if data.shape[1] == 1 else 126  # on each axis
     axes, weights = zip(*(_midpoints(low, high, dataset.breaks, count) for low, high in ends), strict=True)
     shape = [len(axis) for axis in axes]
     thirds = np.arange(math.prod(shape)).reshape(shape)[(slice(1, None, 3),) * len(shape)]
@@ -38,9 +38,9 @@ def density_grid(dataset: datasets.Dataset, points: int = 3999, points_2d: int =
 
 
 def _midpoints(low: float, high: float, breaks: Sequence[float], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` points or a few more of [low, high], and their weights: the midpoint rule, of second order or better.
+    """The midpoint rule on [low, high], of second order or better: `count` points or a few more, and their weights.
 
-    Between breaks, where the density jumps and a model's has a thin layer, the rule is that of u in [0, 1] with
+    At a break the density jumps and a model's has a thin layer. Between breaks the rule is that of u in [0, 1] with
     x = start + width (10 u^3 - 15 u^4 + 6 u^5): dx/du vanishes at both ends, so the points are dense there.
     """
     ends = np.array([low, *(at for at in breaks if low < at < high), high])
@@ -59,12 +59,12 @@ def quadrature_nll(
     weights: float | Float[np.ndarray, "M"],
     thirds: Int[np.ndarray, "m"] | None = None,
 ) -> dict[str, Any]:
-    """NLL = -int p log q, entropy -int p log p and KL(p || q) in nats, by quadrature; weights: one for all, or each.
+    """NLL = -int p log q, entropy -int p log p and KL(p || q) in nats, by quadrature with one weight or one a point.
 
     p is normalised on the grid, so the entropy and the NLL carry the same small error and their difference, KL, less.
-    `model_mass` = int q should be close to 1: it tells whether the grid is wide and the ODE tolerance tight enough.
-    With the `thirds` of a `Grid` also `kl_grid_error`, an estimate of KL's error: |KL - KL of the thirds| / (3^2 - 1),
-    by Richardson for a rule of second order.
+    `model_mass` = int q is close to 1 if the grid is wide and the ODE's tolerance tight enough.
+    With the `thirds` of a `Grid`, `kl_grid_error` estimates KL's error: |KL - KL of the thirds| / (3^2 - 1), by
+    Richardson for a rule of second order.
     """
     true_logp, model_logp = np.asarray(true_logp, np.float64), np.asarray(model_logp, np.float64)
     p = weights * np.where(np.isfinite(true_logp), np.exp(true_logp), 0.0)

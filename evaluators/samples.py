@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`eval.enable_sampling`: samples of the model and, of images (`eval.enable_metrics`), their IS, FID and KID."""
+"""`eval.enable_sampling`: samples of the model and, if they are images (`eval.enable_metrics`), IS, FID and KID."""
 
 import itertools
 import math
@@ -14,18 +14,18 @@ import evaluation
 import report
 import sampling
 from evaluators import inception
-from evaluators.context import Context, Evaluator, round_up, settings_except
+from evaluators.context import Context, Evaluator, fold_in_each, round_up, settings_except
 from evaluators.dequantized import Dequantizer
 from runtime.devices import on_this_host, shard
 from task import Task
 
-# What of `config.sampling` the one kind of sampler does not read.
+# The keys of `config.sampling` that a kind of sampler does not read.
 CANNOT_MATTER = {
     "ode": ("predictor", "corrector", "n_steps_each", "probability_flow", "snr"),
     "pc": ("rtol", "atol"),
 }
 
-# Why a sample failed, and what to do.
+# Why a sample fails, and what to do.
 FAILURE = {
     "ode": "its ODE reached the step limit or a state that is not finite; loosen sampling.rtol/atol",
     "pc": "its state is not finite; raise model.num_scales or lower sampling.snr",
@@ -35,15 +35,14 @@ FAILURE = {
 def sampler(task: Task, devices: list | None = None):
     """(params, model_state, keys [b, ...]) -> samples [b, ...], evaluations of the score [b], all of this host.
 
-    devices: that draw together, those of this host if they are not given; of several hosts each gives its own keys. A
-    sample is a function of its key (with Langevin's corrector: of all keys), not of the number of devices.
+    devices: those that draw together, by default this host's. If they are several hosts', each host gives its own keys.
+    A sample is a function of its key (with Langevin's corrector: of all keys), not of the number of devices.
     """
-    sample = sampling.get_sampling_fn(
-        task.config.sampling, task.sde, task.dataset.shape, task.inverse_scaler, axis_name="batch"
-    )
+    config, shape = task.config.sampling, task.dataset.shape
+    sample = sampling.get_sampling_fn(config, task.sde, shape, task.inverse_scaler, axis_name="batch")
 
     def fn(params, model_state, keys):
-        with jax.default_matmul_precision(task.config.sampling.matmul_precision):
+        with jax.default_matmul_precision(config.matmul_precision):
             return sample(task.score_fn(params, model_state), keys)
 
     p_fn = jax.pmap(fn, axis_name="batch", devices=devices or jax.local_devices())
@@ -55,13 +54,8 @@ def sampler(task: Task, devices: list | None = None):
     return call
 
 
-def sample_keys(seed: int, index: np.ndarray) -> np.ndarray:
-    """[b, 2], of samples number `index`."""
-    return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.PRNGKey(seed), index))
-
-
 def is_whole(samples: np.ndarray) -> np.ndarray:
-    """Of each sample [b], that the sampler did not give up on it."""
+    """Whether each sample [b] is finite, so that the sampler did not give up on it."""
     return np.all(np.isfinite(samples.reshape(len(samples), -1)), axis=1)
 
 
@@ -69,15 +63,17 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     config, is_image = task.config.eval, task.dataset.is_image
     size, count = min(config.batch_size, round_up(config.num_samples)), config.num_samples
     draw = sampler(task)
-    name = _name(task.config.sampling)
-    method = task.config.sampling.method.lower()
-    settings = settings_except(task.config.sampling, *CANNOT_MATTER[method])
+    sampling_config = task.config.sampling
+    method = sampling_config.method.lower()
+    pc = f"pc ({sampling_config.predictor} and {sampling_config.corrector})"
+    name = "ode" if method == "ode" else pc
+    settings = settings_except(sampling_config, *CANNOT_MATTER[method])
     metrics = _metrics(task) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
-            # always a whole round: Langevin's step size is a mean over it
-            keys = sample_keys(task.config.seed + 1, np.arange(k * size, (k + 1) * size))
+            # The last unit has `size` samples as well, because Langevin's step size is a mean over them.
+            keys = fold_in_each(jax.random.PRNGKey(task.config.seed + 1), np.arange(k * size, (k + 1) * size))
             x, nfe = draw(context.params, context.model_state, keys)
             whole = is_whole(x)
             if not whole.all():
@@ -86,11 +82,10 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             x = np.round(np.clip(x[whole], 0, 1) * 255).astype(np.uint8) if is_image else x[whole]
             return {"samples": x, "nfe": nfe, "whole": whole}
 
-        units = context.units("samples", {"size": size, **settings})
-        rows = units.run(math.ceil(count / size), unit, "sampling")
+        rows = context.run("samples", {"size": size, **settings}, math.ceil(count / size), unit, "sampling")
 
         def samples(k: int) -> np.ndarray:
-            """Of unit k; the last one may hold more than were asked for."""
+            """The samples of unit k. The last unit may have drawn more than were asked for, which are left out."""
             row = rows[k]
             return row["samples"][: np.sum(row["whole"][: count - k * size])]
 
@@ -109,27 +104,18 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     return evaluate
 
 
-def _name(sampling_config: Any) -> str:
-    """For a table: 'ode', or 'pc' with predictor and corrector."""
-    names = (sampling_config.predictor, sampling_config.corrector)
-    return "ode" if sampling_config.method.lower() == "ode" else f"pc ({' and '.join(names)})"
-
-
 def _metrics(task: Task):
-    """(context, samples of unit k uint8 [b, H, W, C], number of units, what they are) -> IS, FID and KID."""
-    config = task.config.eval
+    """(context, k -> samples uint8 [b, H, W, C] of unit k, number of units, their settings) -> IS, FID and KID."""
+    config, data = task.config.eval, task.config.data
     features = inception.load_features(config.inception_path)
-    statistics = evaluation.load_statistics(
-        evaluation.statistics_path(task.config.data, config.stats_path), task.config.data
-    )
+    statistics = evaluation.load_statistics(evaluation.statistics_path(data, config.stats_path), data)
 
     def compute(context: Context, samples: Callable, num_units: int, facts: dict[str, Any]) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
             pool_3, logits = features.fn(samples(k), config.inception_batch_size)
             return {"pool_3": pool_3, "logits": logits}
 
-        units = context.units("features", {**facts, "features": features.hash})
-        rows = units.run(num_units, unit, "features of the samples")
+        rows = context.run("features", {**facts, "features": features.hash}, num_units, unit, "features of the samples")
         pool_3, logits = (np.concatenate([row[key] for row in rows]) for key in ("pool_3", "logits"))
         return evaluation.sample_metrics(features, statistics, pool_3, logits, config)
 

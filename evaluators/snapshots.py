@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a snapshot of the training shows beside its checkpoint: samples of the model."""
+"""Samples of the model, drawn in training with each snapshot."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 import losses
 import report
+from evaluators.context import fold_in_each
 from evaluators.samples import is_whole, sampler
 from runtime.devices import all_devices
 from runtime.records import write_npz
@@ -19,10 +20,10 @@ from task import Task
 
 
 def sample_saver(task: Task, workdir: Path) -> Callable[[losses.TrainState, int], bytes | None]:
-    """(state, step) -> a picture of 64 images or 1,000 points, as a PNG; writes `samples/step_<step>` too.
+    """(state, step) -> a picture of 64 images or 1,000 points, as a PNG.
 
-    Of images that file is the picture, of points it has the samples. Every host draws its share, so that none waits
-    for another; the first one writes, and the others get None.
+    The images are also written to `samples/step_<step>.png`, or the points to `.npz`. Every host draws its share, so
+    that none waits for another. The first one writes, and the others get None.
     """
     count = 64 if task.dataset.is_image else 1000
     draw = sampler(task, all_devices())
@@ -30,9 +31,8 @@ def sample_saver(task: Task, workdir: Path) -> Callable[[losses.TrainState, int]
 
     def save_samples(state: losses.TrainState, step: int) -> bytes | None:
         index = np.arange(padded).reshape(jax.process_count(), -1)[jax.process_index()]
-        keys = jax.random.fold_in(jax.random.PRNGKey(task.config.seed), step)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(keys, index)
-        samples, _ = draw(state.ema_params, state.model_state, keys)
+        key = jax.random.fold_in(jax.random.PRNGKey(task.config.seed), step)
+        samples, _ = draw(state.ema_params, state.model_state, fold_in_each(key, index))
         if jax.process_count() > 1:
             samples = np.concatenate(multihost_utils.process_allgather(samples))
         if jax.process_index() != 0:
@@ -44,7 +44,7 @@ def sample_saver(task: Task, workdir: Path) -> Callable[[losses.TrainState, int]
             report.save_image_grid(path.with_suffix(".png"), samples)
             return path.with_suffix(".png").read_bytes()
         write_npz(path.with_suffix(".npz"), samples=samples)
-        shown = samples[is_whole(samples)]
-        return report.points_picture(shown, task.dataset.test[np.arange(min(5000, len(task.dataset.test)))])
+        test = task.dataset.test[np.arange(min(5000, len(task.dataset.test)))]
+        return report.points_picture(samples[is_whole(samples)], test)
 
     return save_samples

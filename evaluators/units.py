@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units of work of an evaluation: each is computed once, by one of the hosts, and written at once or not at all."""
+"""Units of work of an evaluation. Each is computed once, by one of the hosts, and written whole or not at all."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from errors import UserError
 from runtime.records import write_npz
 
-# What a unit's numbers are made by: modules and folders of the project.
+# The modules and folders of the project whose code makes a unit's numbers.
 _CODE = (
     *("datasets", "dequantization", "diagnostics", "evaluation", "likelihood", "losses", "ode", "sampling", "sde_lib"),
     *("task", "evaluators", "models", "sources"),
@@ -24,7 +24,7 @@ _CODE = (
 
 
 def code_digest() -> str:
-    """Of the sources that a unit's numbers depend on: units that other code made are not read back."""
+    """A hash of the sources that a unit's numbers depend on, so that units of other code are not read back."""
     root, sha = Path(__file__).parent.parent, hashlib.sha256()
     files = [path for name in _CODE for path in (root / f"{name}.py", *(root / name).rglob("*.py")) if path.is_file()]
     for path in sorted(files):
@@ -32,11 +32,17 @@ def code_digest() -> str:
     return sha.hexdigest()[:12]
 
 
-class Rows(Sequence[dict[str, np.ndarray]]):
-    """Finished units, each read from disk when asked for, so that no more than one is in memory at a time."""
+class Units(Sequence[dict[str, np.ndarray]]):
+    """The units 0, 1, ... of one kind of work, a file each in `root/<name>_<digest of settings>`.
 
-    def __init__(self, read: Callable[[int], dict[str, np.ndarray] | None], count: int):
-        self._read, self._count = read, count
+    Other settings have another folder, so a result is never read back under settings that did not make it. After `run`
+    the units are a sequence. Each is read from disk when it is asked for, so only one is in memory at a time.
+    """
+
+    def __init__(self, root: Path, name: str, settings: dict[str, Any]):
+        text = json.dumps(settings, sort_keys=True, default=str)
+        self._folder = root / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self._name, self._count = name, 0
 
     def __len__(self) -> int:
         return self._count
@@ -48,23 +54,11 @@ class Rows(Sequence[dict[str, np.ndarray]]):
             raise UserError(f"unit {k} of this evaluation was damaged meanwhile; run it again, it goes on from there")
         return row
 
+    def run(self, count: int, compute: Callable[[int], dict[str, np.ndarray]], label: str = "") -> "Units":
+        """Computes and writes `compute(k)` for each k = 0 .. count - 1 that is not on disk yet, and returns itself.
 
-class Units:
-    """The units 0, 1, ... of one kind of work, a file each under `root/<name>_<digest of settings>`.
-
-    Other settings have another folder, so a result is never read back under settings that did not make it.
-    """
-
-    def __init__(self, root: Path, name: str, settings: dict[str, Any]):
-        text = json.dumps(settings, sort_keys=True, default=str)
-        self._folder = root / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        self._name = name
-
-    def run(self, count: int, compute: Callable[[int], dict[str, np.ndarray]], label: str = "") -> "Rows":
-        """What `compute(k)` gives for k = 0 .. count - 1, each computed and written unless it is on disk.
-
-        Unit k falls to process k mod the number of processes; all return all units. UserError if one that another
-        process did is not to be seen: the hosts must share the folder.
+        Process p of n computes the units p, p + n, ... UserError if a unit of another process cannot be seen, because
+        the hosts must share the folder.
         """
         mine = range(jax.process_index(), count, jax.process_count())
         todo = [k for k in mine if self._read(k) is None]
@@ -80,13 +74,14 @@ class Units:
         for k in range(count):
             if not self._path(k).exists():
                 raise UserError(f"{self._path(k)} is missing: --workdir must be a folder that all hosts share")
-        return Rows(self._read, count)
+        self._count = count
+        return self
 
     def _path(self, k: int) -> Path:
         return self._folder / f"{k:06d}.npz"
 
     def _read(self, k: int) -> dict[str, np.ndarray] | None:
-        """None if it is not there or damaged, as by a disk that filled up under the rename."""
+        """Returns None if the file is missing or damaged, e.g. by a disk that filled up under the rename."""
         path = self._path(k)
         if not path.exists():
             return None

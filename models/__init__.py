@@ -3,7 +3,7 @@
 
 A new network is one function from config to module and one line in MODELS. The module's attributes `conditioning` and
 `parameterization` tell `models.score.get_score_fn` how to make a score of it. Its attribute `takes_images` tells
-whether it is a network of images or of points; a network of both leaves it out.
+whether it takes images or points; a network that takes both has no such attribute.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 import sde_lib
 from errors import UserError
@@ -21,30 +21,25 @@ from models.mlp import MLP
 from models.ncsnpp import NCSNpp
 
 
-def _plain(value: Any) -> Any:
-    """A value of the config as a module takes it: names in lower case, lists as tuples."""
-    return value.lower() if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else value
-
-
 def _ncsnpp(config: Any) -> NCSNpp:
-    model, told_sigma = config.model, sde_lib.from_config(config).conditions_on_sigma
-    parameterization = model.parameterization or ("score" if told_sigma else "noise")
-    if told_sigma and model.embedding_type.lower() == "positional":
+    model, takes_sigma = config.model, sde_lib.from_config(config).conditions_on_sigma
+    parameterization = model.parameterization or ("score" if takes_sigma else "noise")
+    if takes_sigma and model.embedding_type.lower() == "positional":
         raise UserError(
-            "model.embedding_type='positional' embeds a time, but of this training.sde the network is told sigma; "
+            "model.embedding_type='positional' embeds a time, but with this training.sde the network takes sigma; "
             "set model.embedding_type=fourier"
         )
-    if model.scale_by_sigma and not (told_sigma and parameterization == "score"):
+    if model.scale_by_sigma and not (takes_sigma and parameterization == "score"):
         raise UserError(
-            "model.scale_by_sigma=True divides the output by the sigma that the network is told, which makes a score, "
-            f"but with this training.sde it is to make a {parameterization} or is told the time; "
+            "model.scale_by_sigma=True divides the output by the sigma that the network takes, which makes a score, "
+            f"but with this training.sde the network is to make a {parameterization} or takes the time; "
             "set model.scale_by_sigma=False"
         )
-    fields = {field.name: field.type for field in dataclasses.fields(NCSNpp) if field.name in model}
-    options: dict[str, Any] = {name: (float if kind is float else _plain)(model[name]) for name, kind in fields.items()}
-    options |= {"fir_kernel": tuple(map(float, model.fir_kernel)), "name": None}
-    options |= {"centered": config.data.centered, "parameterization": parameterization}
-    return NCSNpp(**options, conditioning="sigma" if told_sigma else "scaled_time")
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(NCSNpp) if field.name in model}
+    del types["name"]  # flax's own field
+    options: dict[str, Any] = {key: (str.lower if kind is str else kind)(model[key]) for key, kind in types.items()}
+    options |= {"fir_kernel": tuple(map(float, model.fir_kernel)), "parameterization": parameterization}
+    return NCSNpp(**options, centered=config.data.centered, conditioning="sigma" if takes_sigma else "scaled_time")
 
 
 def _mlp(config: Any) -> MLP:
@@ -63,7 +58,7 @@ MODELS: dict[str, Callable[[Any], nn.Module]] = {"ncsnpp": _ncsnpp, "mlp": _mlp}
 
 
 def create_model(config: Any) -> nn.Module:
-    """The network that `config` asks for; UserError if it asks for something unknown."""
+    """Makes the network that `config` asks for. UserError if its name is unknown or its options contradict the SDE."""
     name = config.model.name.lower()
     if name not in MODELS:
         raise UserError(f"model.name={config.model.name!r} is unknown; use one of {', '.join(MODELS)}")
@@ -72,12 +67,14 @@ def create_model(config: Any) -> nn.Module:
 
 def init_params(model: nn.Module, key: PRNGKeyArray, x_shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fresh (params, model_state) for inputs of `x_shape` [B, ...]; the batch size does not matter."""
-    x, time_cond = jnp.zeros((1, *x_shape[1:])), jnp.ones((1,))
-    # Jitted, the forward pass that flax runs for the shapes is never computed. The program runs once: optimising it
-    # would cost a CPU up to six times the compilation and change no number.
+    model_state = fresh_variables(model, key, jnp.zeros((1, *x_shape[1:])), jnp.ones((1,)))
+    return model_state.pop("params"), model_state
+
+
+def fresh_variables(model: nn.Module, key: PRNGKeyArray, *inputs: Array) -> dict[str, Any]:
+    """`model.init` on the inputs as one program, so that unused parts of the forward pass are not computed."""
+    # Optimising a program that runs once would take up to six times the compilation and change no number.
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    if isinstance(key, jax.core.Tracer):  # inside another jit or eval_shape, which has its own options
+    if any(isinstance(x, jax.core.Tracer) for x in (key, *inputs)):  # another jit or eval_shape has its own options
         init = model.init
-    variables: Any = init({"params": key}, x, time_cond)
-    model_state = {name: value for name, value in variables.items() if name != "params"}
-    return variables["params"], model_state
+    return dict(init({"params": key}, *inputs))

@@ -2,11 +2,11 @@
 """Two-dimensional convolution whose derivatives are quick on the CPU, inside a loop as outside.
 
 XLA on the CPU gives a convolution to its fast kernel if images are NHWC and weights HWIO. It brings other layouts to
-that form in a program's entry computation alone (`conv_canonicalization.cc`), not in the body of a `lax.scan`; there a
-convolution of another layout takes some 90 times as long. JAX's own gradients with respect to image and weights are of
-such layouts, and that of the weights, with an image's height and width for those of a kernel, is slow in either form.
-Here the first is written as a convolution in the standard form, of mirrored weights behind a barrier, which keeps XLA
-from folding that back into the convolution; and the second as matrix products (benchmarks/convolution.py,
+this form only in a program's entry computation (`conv_canonicalization.cc`), not in the body of a `lax.scan`. There a
+convolution of another layout takes some 90 times as long. JAX's gradients with respect to image and weights have other
+layouts. That of the weights, whose kernel is as large as the image, is slow in either form.
+Here the gradient of the image is a convolution in the standard form, of mirrored weights; a barrier keeps XLA from
+folding the mirroring into the convolution. The gradient of the weights is matrix products (benchmarks/convolution.py,
 benchmarks/unrolled_steps.py).
 """
 
@@ -26,7 +26,7 @@ Weight = Float[Array, "k k C O"]
 def conv2d(x: Image, weight: Weight, stride: int = 1, dilation: int = 1, padding: Any = "SAME") -> Array:
     """sum_k x[stride o + k] weight[k], with dilation - 1 zeros between the pixels of x: [B, H, W, C] -> [B, H2, W2, O].
 
-    `padding`: "SAME", "VALID" or (low, high) of each axis. Derivatives of any order, in forward and reverse mode.
+    `padding` is "SAME", "VALID" or (low, high) for each axis. There are derivatives of any order, in both modes.
     """
     if isinstance(padding, str):
         lengths = [(size - 1) * dilation + 1 for size in x.shape[1:3]]
@@ -47,7 +47,7 @@ def _convolve(x, weight, stride, dilation, padding) -> Array:
 
 
 def _transpose_x(g, x, weight, *, stride, dilation, padding):
-    """The cotangent of x: g, with zeros between its pixels, against the mirrored weights."""
+    """The cotangent of x: the convolution of g, with zeros between its pixels, by the mirrored weights."""
     pads = []
     for size, out, k, (low, _) in zip(x.aval.shape[1:3], g.shape[1:3], weight.shape[:2], padding, strict=True):
         start = k - 1 - low
@@ -57,9 +57,9 @@ def _transpose_x(g, x, weight, *, stride, dilation, padding):
 
 
 def _transpose_weight(g, x, weight, *, stride, dilation, padding):
-    """The cotangent of the weights, [k k C O], of which [i, j] is x^T g with one of the two moved by i and j pixels.
+    """The cotangent [k k C O] of the weights. Its entry [i, j] is x^T g with x or g moved by i and j pixels.
 
-    With stride 1 that is g, which comes last: copies of x could be made, and held, long before.
+    With stride 1 it moves g, which is known last: XLA could make copies of x long before and hold them.
     """
     rows, columns, channels, out = weight.aval.shape
     if stride > 1:
@@ -75,7 +75,7 @@ def _transpose_weight(g, x, weight, *, stride, dilation, padding):
 
 
 def _moved_products(a: Image, b: Float[Array, "B H2 W2 O"], rows: int, columns: int, stride: int) -> Array:
-    """sum over images and pixels p of a[p]^T b[stride p + (i, j)], a product for each i: [rows, C, columns * O]."""
+    """Sums a[p]^T b[stride p + (i, j)] over images and pixels p, by a product for each i: [rows, C, columns * O]."""
     _, height, width, channels = a.shape
     moved = [lax.slice_in_dim(b, j, j + stride * (width - 1) + 1, stride, axis=2) for j in range(columns)]
     a, b = a.reshape(-1, channels), lax.optimization_barrier(jnp.concatenate(moved, axis=-1))
@@ -89,7 +89,7 @@ def _moved_products(a: Image, b: Float[Array, "B H2 W2 O"], rows: int, columns: 
 
 
 def _batch(args, axes, **params) -> tuple[Array, int]:
-    """vmap: over images alone, a larger batch; else XLA's own rule for grouped convolutions."""
+    """The rule of vmap: a larger batch if it maps images alone, else XLA's own rule for grouped convolutions."""
     (x, weight), (x_axis, weight_axis) = args, axes
     if weight_axis is None:
         x = jnp.moveaxis(x, x_axis, 0)

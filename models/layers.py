@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the blocks of `layerspp.py` are built of: initialisation, convolution, activations, time embedding."""
+"""The parts of the networks' blocks: activations, normalisation, dropout, affine maps, time embedding."""
 
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from errors import UserError
 from models.convolution import conv2d
@@ -23,14 +24,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def get_activation(name: str) -> Callable[[Array], Array]:
-    """The elementwise function called `name`."""
-    return ACTIVATIONS[name]
-
-
 @jax.custom_jvp
 def softmax(x: Float[Array, "*shape N"]) -> Float[Array, "*shape N"]:
-    """`jax.nn.softmax` over the last axis, with derivatives of every order in terms of the result."""
+    """`jax.nn.softmax` over the last axis, whose derivatives of every order are in terms of the result."""
     return jax.nn.softmax(x)
 
 
@@ -40,17 +36,52 @@ def _softmax_jvp(primals, tangents):
     return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm over maps [..., `channels`] in groups of four channels, in 32 groups at most.
+
+    Call it inside a compact method, which names the module. Raises UserError if the groups come out uneven.
+    """
+    num_groups = min(channels // 4, 32)
+    if num_groups == 0 or channels % num_groups:
+        raise UserError(
+            f"{channels} channels do not fall into even groups for GroupNorm; "
+            "let model.nf * model.ch_mult be multiples of 4 up to 128 and of 32 above"
+        )
+    return nn.GroupNorm(num_groups=num_groups)
+
+
+def normalize(x: Float[Array, "*shape C"]) -> Float[Array, "*shape C"]:
+    """`group_norm` of x, in float32 or wider, returned in x's type. Call it inside a compact method."""
+    return group_norm(x.shape[-1])(x).astype(x.dtype)
+
+
+def dropout(
+    x: Float[Array, "B *shape"], rate: float, keys: Shaped[Array, "B *key"] | None, name: str
+) -> Float[Array, "B *shape"]:
+    """Zeroes each entry with probability `rate` and scales the others to keep the mean; without keys it returns x.
+
+    An example's mask is a function of its key and the layer's `name` alone.
+    """
+    if keys is None or rate == 0:
+        return x
+
+    def mask(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(name.encode())), 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(mask)(keys), x / (1 - rate), 0)
+
+
 def default_init(scale: float = 1.0) -> Callable:
-    """Uniform, variance `scale` / mean(fan in, fan out), as in DDPM (arXiv 2006.11239); scale 0 stands for 1e-10."""
+    """Uniform of variance `scale` / mean(fan in, fan out), as in DDPM (arXiv 2006.11239). Scale 0 stands for 1e-10."""
     return jax.nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
 def in_dtype_of(x: Array, *params: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
-    """x and parameters (None stays) in the type to compute in: bfloat16 if x is, else the wider one."""
+    """x and the parameters in one type: bfloat16 if x is, else the widest. A parameter may be None."""
     return promote_dtype(x, *params, dtype=jnp.bfloat16 if x.dtype == jnp.bfloat16 else dtype, inexact=inexact)
 
 
-_PROMOTE: Any = in_dtype_of  # flax declares another signature than the one it calls
+_PROMOTE: Any = in_dtype_of  # flax calls another signature than it declares
 
 
 def _conv_of_flax(x, weight, strides, padding, **_) -> Array:
@@ -88,15 +119,15 @@ class NIN(nn.Module):
         return x @ weight + bias
 
 
-def get_timestep_embedding(t: Float[Array, "B"], dim: int, max_period: float = 10000.0) -> Float[Array, "B dim"]:
-    """[sin(w t), cos(w t)] with dim // 2 frequencies w from 1 down to 1 / max_period; an odd dim ends in a zero.
+def get_timestep_embedding(t: Float[Array, "B"], dim: int) -> Float[Array, "B dim"]:
+    """[sin(w t), cos(w t)] with dim // 2 frequencies w from 1 down to 1e-4. An odd dim ends in a zero.
 
-    Made for t in [0, 999] (Vaswani et al. 2017, arXiv 1706.03762; DDPM, arXiv 2006.11239).
+    The range suits t in [0, 999] (Vaswani et al. 2017, arXiv 1706.03762; DDPM, arXiv 2006.11239).
     """
     half = dim // 2
     if half < 2:
         raise UserError(f"a positional embedding needs 4 channels or more; raise model.nf={dim}")
-    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(max_period) / (half - 1)))
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000.0) / (half - 1)))
     angles = t[:, None] * frequencies
     embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))

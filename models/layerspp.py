@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456).
 
-Parameter paths are flax's automatic names, so class names and the order in which a block creates its parts are those
-of the published checkpoints: they must not change.
+Flax names the parameters by the classes and by the order in which a block creates its parts. Both are those of the
+published checkpoints and must not change.
 """
 
 import math
@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import up_or_down_sampling as resampling
-from models.layers import NIN, conv, default_init, dense, softmax
-from models.normalization import normalize
+from models.layers import NIN, conv, default_init, dense, normalize, softmax
 
 Image = Float[Array, "B H W C"]
 Resized = Float[Array, "B H2 W2 C2"]
@@ -71,42 +70,36 @@ class AttnBlockpp(nn.Module):
         return add_skip(x, h.reshape(x.shape), self.skip_rescale)
 
 
-class Upsample(nn.Module):
+class _Resampler(nn.Module):
+    with_conv: bool
+    fir: bool
+    fir_kernel: Taps
+    features: int | None = None  # None: C; with_conv only
+    conv_size: int = 3
+
+    up = True
+
+    @nn.compact
+    def __call__(self, x: Image) -> Resized:
+        features = self.features or x.shape[-1]
+        if not self.with_conv:
+            return resample(x, self.fir_kernel if self.fir else None, self.up)
+        if self.fir:
+            options = {"up": self.up, "down": not self.up, "taps": self.fir_kernel}
+            return resampling.Conv2d(features, default_init(), self.conv_size, **options)(x)
+        if self.up:
+            return conv(features, self.conv_size)(resampling.naive_upsample_2d(x))
+        return conv(features, self.conv_size, stride=2)(x)
+
+
+class Upsample(_Resampler):
     """[B, H, W, C] -> [B, 2 H, 2 W, features], by FIR filter or nearest neighbour, and convolution if `with_conv`."""
 
-    with_conv: bool
-    fir: bool
-    fir_kernel: Taps
-    features: int | None = None  # None: C; with_conv only
-    conv_size: int = 3
 
-    @nn.compact
-    def __call__(self, x: Image) -> Resized:
-        features = self.features or x.shape[-1]
-        if not self.with_conv:
-            return resample(x, self.fir_kernel if self.fir else None, up=True)
-        if self.fir:
-            return resampling.Conv2d(features, default_init(), self.conv_size, up=True, taps=self.fir_kernel)(x)
-        return conv(features, self.conv_size)(resampling.naive_upsample_2d(x))
-
-
-class Downsample(nn.Module):
+class Downsample(_Resampler):
     """[B, H, W, C] -> [B, H / 2, W / 2, features], by FIR filter, mean or, if `with_conv`, convolution of stride 2."""
 
-    with_conv: bool
-    fir: bool
-    fir_kernel: Taps
-    features: int | None = None  # None: C; with_conv only
-    conv_size: int = 3
-
-    @nn.compact
-    def __call__(self, x: Image) -> Resized:
-        features = self.features or x.shape[-1]
-        if not self.with_conv:
-            return resample(x, self.fir_kernel if self.fir else None, up=False)
-        if self.fir:
-            return resampling.Conv2d(features, default_init(), self.conv_size, down=True, taps=self.fir_kernel)(x)
-        return conv(features, self.conv_size, stride=2)(x)
+    up = False
 
 
 def resample(x: Image, taps: Taps | None, up: bool) -> Resized:
@@ -116,47 +109,47 @@ def resample(x: Image, taps: Taps | None, up: bool) -> Resized:
     return resampling.upsample_2d(x, taps) if up else resampling.downsample_2d(x, taps)
 
 
-class ResnetBlockDDPMpp(nn.Module):
-    """Residual block of DDPM: [B, H, W, C], time embedding [B, E] or None -> [B, H, W, features]."""
-
+class _ResnetBlock(nn.Module, kw_only=True):
     act: Callable
     dropout: float
     skip_rescale: bool
     init_scale: float
     features: int | None = None  # None: C
-    conv_shortcut: bool = False  # a convolution, not a NIN, where the number of channels changes
     conv_size: int = 3
 
-    @nn.compact
-    def __call__(self, x: Image, temb: TimeEmbedding | None, train: bool = False) -> Float[Array, "B H W _"]:
-        features = self.features or x.shape[-1]
-        h = conv(features, self.conv_size)(self.act(normalize(x)))
+    def _convolutions(self, h: Image, features: int, temb: TimeEmbedding | None, train: bool) -> Resized:
+        h = conv(features, self.conv_size)(h)
         if temb is not None:
             h += dense(features)(self.act(temb))[:, None, None, :].astype(h.dtype)
         h = self.act(normalize(h))
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
-        h = conv(features, self.conv_size, init_scale=self.init_scale)(h)
+        return conv(features, self.conv_size, init_scale=self.init_scale)(h)
+
+
+class ResnetBlockDDPMpp(_ResnetBlock):
+    """Residual block of DDPM: [B, H, W, C], time embedding [B, E] or None -> [B, H, W, features]."""
+
+    conv_shortcut: bool = False  # a convolution, not a NIN, where the number of channels changes
+
+    @nn.compact
+    def __call__(self, x: Image, temb: TimeEmbedding | None, train: bool = False) -> Resized:
+        features = self.features or x.shape[-1]
+        h = self._convolutions(self.act(normalize(x)), features, temb, train)
         if x.shape[-1] != features:
             x = conv(features, self.conv_size)(x) if self.conv_shortcut else NIN(features)(x)
         return add_skip(x, h, self.skip_rescale)
 
 
-class ResnetBlockBigGANpp(nn.Module):
+class ResnetBlockBigGANpp(_ResnetBlock):
     """Residual block of BigGAN (arXiv 1809.11096), resampling before its first convolution if `up` or `down`.
 
     [B, H, W, C], time embedding [B, E] or None -> [B, H, W, features], or with H and W doubled or halved.
     """
 
-    act: Callable
-    dropout: float
-    skip_rescale: bool
-    init_scale: float
     fir: bool
     fir_kernel: Taps
-    features: int | None = None  # None: C
     up: bool = False
     down: bool = False
-    conv_size: int = 3
 
     @nn.compact
     def __call__(self, x: Image, temb: TimeEmbedding | None, train: bool = False) -> Resized:
@@ -165,12 +158,7 @@ class ResnetBlockBigGANpp(nn.Module):
         if self.up or self.down:
             taps = self.fir_kernel if self.fir else None
             h, x = resample(h, taps, self.up), resample(x, taps, self.up)
-        h = conv(features, self.conv_size)(h)
-        if temb is not None:
-            h += dense(features)(self.act(temb))[:, None, None, :].astype(h.dtype)
-        h = self.act(normalize(h))
-        h = nn.Dropout(self.dropout)(h, deterministic=not train)
-        h = conv(features, self.conv_size, init_scale=self.init_scale)(h)
+        h = self._convolutions(h, features, temb, train)
         if channels != features or self.up or self.down:
             x = conv(features, size=1)(x)
         return add_skip(x, h, self.skip_rescale)

@@ -5,14 +5,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.layers import dense, get_activation
+from models.layers import ACTIVATIONS, dense
 
-# of sin and cos in log-SNR / 8, which runs over some [-1.3, 1.8] for every SDE of the project
+# The frequencies of sin and cos in log-SNR / 8, which runs over some [-1.3, 1.8] for every SDE of the project.
 FREQUENCIES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 class MLP(nn.Module):
-    """x [B, D] and log-SNR [B] -> [B, D], made into a score by `models.score.get_score_fn`."""
+    """Maps x [B, D] and log-SNR [B] to [B, D]. `models.score.get_score_fn` makes a score of the output."""
 
     width: int
     num_layers: int
@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"], log_snr: Float[Array, "B"], train: bool = False) -> Float[Array, "B D"]:
-        act = get_activation(self.activation)
+        act = ACTIVATIONS[self.activation]
         level = log_snr[:, None] / 8
         angles = level * jnp.array(FREQUENCIES)
         temb = jnp.concatenate([level, jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The U-Nets NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456), one network with options.
+"""The U-Nets NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456), as one network with options.
 
-Parameter paths are flax's automatic names, so the order in which the parts are created is that of the published
-checkpoints: it must not change.
+Flax names the parameters by the order in which the parts are created. It is the order of the published checkpoints and
+must not change.
 """
 
 import functools
@@ -12,39 +12,30 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.layers import conv, dense, get_activation, get_timestep_embedding
-from models.layerspp import (
-    AttnBlockpp,
-    Combine,
-    Downsample,
-    GaussianFourierProjection,
-    ResnetBlockBigGANpp,
-    ResnetBlockDDPMpp,
-    Upsample,
-    add_skip,
-)
-from models.normalization import normalize
+from models import layerspp
+from models.layers import ACTIVATIONS, conv, dense, get_timestep_embedding, normalize
 
 Image = Float[Array, "B H W C"]
 
 
 @functools.cache
 def _rematted(block: type[nn.Module]) -> type[nn.Module]:
-    """`block` under `nn.remat`, of the same name so that the parameter paths stay."""
+    """`block` under `nn.remat`, with its old name so that the parameter paths stay."""
     rematted = nn.remat(block, static_argnums=(3,))  # (self, x, temb, train)
     rematted.__name__ = block.__name__
     return rematted
 
 
 class NCSNpp(nn.Module):
-    """Score network: images [B, H, W, C] and time condition [B] -> [B, H, W, C].
+    """Maps images [B, H, W, C] and a time condition [B] to [B, H, W, C].
 
-    The fields are keys of `config.model` and `config.data`, but for `conditioning`: what the time condition is, "sigma"
-    or "scaled_time" (999 t). `models.score.get_score_fn` makes the output a score, by `parameterization`.
-    `dtype` "bfloat16": feature maps and their products with weights in bfloat16. Parameters, time embedding,
-    normalisations' statistics, and the convolutions that read the image or write the output stay float32: bfloat16
-    pixels would be as coarse as the smallest noise. `remat`: a residual block is computed again in reverse mode.
-    `configs.check` has the values that the options may take, and the image sizes that fit `ch_mult`.
+    `models.score.get_score_fn` makes a score of the output, by `parameterization`. The time condition is sigma or 999 t
+    if `conditioning` is "sigma" or "scaled_time". The other fields are keys of `config.model` and `config.data`;
+    `configs.check` has their values, and the image sizes that fit `ch_mult`.
+    With `dtype` "bfloat16" the feature maps and their products with weights are in bfloat16. Parameters, time
+    embedding, the statistics of the normalisations, and the convolutions that read the image or write the output stay
+    float32: bfloat16 pixels would be as coarse as the smallest noise.
+    With `remat` reverse mode computes each residual block again.
     """
 
     nf: int
@@ -92,39 +83,35 @@ class NCSNpp(nn.Module):
         return h / time_cond[:, None, None, None] if self.scale_by_sigma else h
 
     def _embed(self, time_cond: Float[Array, "B"]) -> Float[Array, "B E"] | None:
-        """Time embedding [B, 4 nf], or None for a network that does not see the time."""
+        """Time embedding [B, 4 nf], or None for a network that does not depend on the time."""
         if self.embedding_type == "fourier":
             level = jnp.log(time_cond) if self.conditioning == "sigma" else time_cond
-            # created even if not conditional: its fixed weights are part of every checkpoint
-            temb = GaussianFourierProjection(self.nf, self.fourier_scale, self.trainable_embedding)(level)
+            # It is created even if not conditional: its fixed weights are part of every checkpoint.
+            temb = layerspp.GaussianFourierProjection(self.nf, self.fourier_scale, self.trainable_embedding)(level)
         else:
             temb = get_timestep_embedding(time_cond, self.nf)
         if not self.conditional:
             return None
         temb = dense(4 * self.nf)(temb)
-        return dense(4 * self.nf)(get_activation(self.nonlinearity)(temb))
+        return dense(4 * self.nf)(ACTIVATIONS[self.nonlinearity](temb))
 
     def _parts(self) -> tuple[Any, Any]:
         """Constructors of the residual block and the attention block, with the options filled in."""
-        options: dict[str, Any] = dict(
-            act=get_activation(self.nonlinearity),
-            dropout=self.dropout,
-            skip_rescale=self.skip_rescale,
-            init_scale=self.init_scale,
-            conv_size=self.conv_size,
-        )
+        names = ["dropout", "skip_rescale", "init_scale", "conv_size"]
+        block = layerspp.ResnetBlockDDPMpp
         if self.resblock_type == "biggan":
-            resnet, resampling = ResnetBlockBigGANpp, dict(fir=self.fir, fir_kernel=self.fir_kernel)
-        else:
-            resnet, resampling = ResnetBlockDDPMpp, {}
-        resnet = functools.partial(_rematted(resnet) if self.remat else resnet, **options, **resampling)
-        return resnet, functools.partial(AttnBlockpp, self.skip_rescale, self.init_scale)
+            block, names = layerspp.ResnetBlockBigGANpp, [*names, "fir", "fir_kernel"]
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        resnet = functools.partial(
+            _rematted(block) if self.remat else block, act=ACTIVATIONS[self.nonlinearity], **options
+        )
+        return resnet, functools.partial(layerspp.AttnBlockpp, self.skip_rescale, self.init_scale)
 
     def _resampler(self, cls: Any, with_conv: bool, features: int | None = None) -> Any:
         return cls(with_conv, self.fir, self.fir_kernel, features, self.conv_size)
 
     def _encode(self, x: Image, temb: Any, train: bool) -> list[Array]:
-        """The way down: every feature map that the way up will read, the coarsest last."""
+        """The way down. Returns every feature map that the way up reads, the coarsest last."""
         resnet, attention = self._parts()
         pyramid = x  # the image at the current resolution
         dtype = jnp.bfloat16 if self.dtype == "bfloat16" else x.dtype
@@ -141,13 +128,13 @@ class NCSNpp(nn.Module):
             if self.resblock_type == "biggan":
                 h = resnet(down=True)(skips[-1], temb, train)
             else:
-                h = self._resampler(Downsample, self.resamp_with_conv)(skips[-1])
+                h = self._resampler(layerspp.Downsample, self.resamp_with_conv)(skips[-1])
             if self.progressive_input == "input_skip":
-                pyramid = self._resampler(Downsample, with_conv=False)(pyramid)
-                h = Combine(self.progressive_combine)(pyramid, h).astype(dtype)
+                pyramid = self._resampler(layerspp.Downsample, with_conv=False)(pyramid)
+                h = layerspp.Combine(self.progressive_combine)(pyramid, h).astype(dtype)
             elif self.progressive_input == "residual":
-                pyramid = self._resampler(Downsample, True, h.shape[-1])(pyramid).astype(dtype)
-                h = pyramid = add_skip(pyramid, h, self.skip_rescale)
+                pyramid = self._resampler(layerspp.Downsample, True, h.shape[-1])(pyramid).astype(dtype)
+                h = pyramid = layerspp.add_skip(pyramid, h, self.skip_rescale)
             skips.append(h)
         return skips
 
@@ -163,24 +150,24 @@ class NCSNpp(nn.Module):
 
             if self.progressive == "output_skip":
                 if pyramid is not None:
-                    pyramid = self._resampler(Upsample, with_conv=False)(pyramid)
+                    pyramid = self._resampler(layerspp.Upsample, with_conv=False)(pyramid)
                 output = self._head(h, channels, self.init_scale)
                 pyramid = output if pyramid is None else pyramid + output
             elif self.progressive == "residual" and pyramid is None:
                 pyramid = self._head(h, h.shape[-1], init_scale=1.0).astype(h.dtype)
             elif self.progressive == "residual":
-                pyramid = self._resampler(Upsample, True, h.shape[-1])(pyramid)
-                h = pyramid = add_skip(pyramid, h, self.skip_rescale)
+                pyramid = self._resampler(layerspp.Upsample, True, h.shape[-1])(pyramid)
+                h = pyramid = layerspp.add_skip(pyramid, h, self.skip_rescale)
 
             if level != 0 and self.resblock_type == "biggan":
                 h = resnet(up=True)(h, temb, train)
             elif level != 0:
-                h = self._resampler(Upsample, self.resamp_with_conv)(h)
+                h = self._resampler(layerspp.Upsample, self.resamp_with_conv)(h)
         if pyramid is not None and self.progressive == "output_skip":
             return pyramid
         return self._head(h, channels, self.init_scale)
 
     def _head(self, h: Image, features: int, init_scale: float) -> Array:
         h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
-        h = get_activation(self.nonlinearity)(normalize(h))
+        h = ACTIVATIONS[self.nonlinearity](normalize(h))
         return conv(features, self.conv_size, init_scale=init_scale)(h)

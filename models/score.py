@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the output of a network to the score."""
+"""The score function made from the output of a network."""
 
 import contextlib
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from models.layers import dropout
 from sde_lib import SDE, ScoreFn, batch_mul
 
-# what a network is told of the time t, by its `conditioning`
+# A network's `conditioning` -> the function of the time t that the network takes.
 CONDITIONS: dict[str, Callable[[SDE, Array], Array]] = {
     "time": lambda sde, t: t,
     "scaled_time": lambda sde, t: 999 * t,
@@ -30,22 +29,22 @@ def get_score_fn(
     train: bool = False,
     dropout_keys: Shaped[Array, "B *key"] | None = None,
 ) -> ScoreFn:
-    """The score x [B, ...], t [B] -> [B, ...] of a network F with the given parameters.
+    """Makes the score x [B, ...], t [B] -> [B, ...] of a network F with the given parameters.
 
-    `model.conditioning`, a key of CONDITIONS, says what the network is told of t, and `model.parameterization` what
-    its output stands for (in the notation of `losses`):
+    `model.conditioning`, a key of CONDITIONS, names the function of t that F takes. `model.parameterization` names what
+    F predicts (in the notation of `losses`):
 
         "score":     s = F(x, t)
         "noise":     s = -F(x, t) / sigma
         "velocity":  s = -x / v - alpha S F(x / sqrt(v), t) / (sigma sqrt(v)),  v = alpha^2 S^2 + sigma^2
 
-    With S = `model.sigma_data`, the standard deviation of the data, a velocity network has inputs and targets of unit
-    variance at every t, for every process; F = 0 is exact for N(0, S^2 I) (Karras et al. 2022, arXiv 2206.00364,
-    section 5, carried over to alpha != 1; for VP and S = 1 it is v-prediction). Then sigma^3 times the second
-    derivative of the score stays of order one, also for VE at sigma = 50, where x itself is of order 50.
+    S = `model.sigma_data` is the standard deviation of the data. A velocity network has inputs and targets of unit
+    variance at every t, for every process, and F = 0 is exact for N(0, S^2 I). The form is that of Karras et al. 2022,
+    arXiv 2206.00364, section 5, for any alpha; for VP and S = 1 it is v-prediction. It keeps sigma^3 times the second
+    derivative of the score of order one, also for VE at sigma = 50, where x itself is of order 50.
 
-    `train` switches dropout on. It then needs `dropout_keys`, one for each example: an example's masks are a function
-    of its key alone, so they do not depend on how a batch is spread over devices, and every call has the same.
+    `train` switches dropout on and needs `dropout_keys`, one for each example. An example's masks are a function of its
+    key alone: they are the same in every call and do not depend on how a batch is spread over devices.
     """
     variables = {"params": params, **model_state}
 
@@ -68,19 +67,14 @@ def get_score_fn(
 
 
 def _masks_of(keys: Array | None) -> Callable:
-    """Gives every `nn.Dropout` of a network masks from one key for each example, where flax has one for the batch."""
+    """Gives every `nn.Dropout` of a network its masks from one key for each example; flax has one for the batch."""
 
     def interceptor(next_fn, args, kwargs, context):
         module = context.module
-        if not isinstance(module, nn.Dropout) or kwargs["deterministic"] or module.rate == 0:
+        if not isinstance(module, nn.Dropout) or kwargs["deterministic"]:
             return next_fn(*args, **kwargs)
         if keys is None:
             raise ValueError("a network with dropout in training mode needs dropout_keys")
-        (x,), layer, keep = args, zlib.crc32("/".join(module.path).encode()), 1 - module.rate
-
-        def mask(key):
-            return jax.random.bernoulli(jax.random.fold_in(key, layer), keep, x.shape[1:])
-
-        return jnp.where(jax.vmap(mask)(keys), x / keep, 0)
+        return dropout(args[0], module.rate, keys, "/".join(module.path))
 
     return interceptor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of the score diagnostics (`diagnostics.FisherCurves`), of the means over examples."""
+"""The picture of the score diagnostics (`diagnostics.FisherCurves`), averaged over examples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,30 +23,27 @@ CAPTION = (
     "s: the model's score; q_t: density of its ODE; J = ds/dx; v: probe; normal: the score of N(0, σ² I)."
 )
 LINES = "-", "--", "-.", ":", (0, (5, 1))
-DECADES = 9  # at most, of the y axis: at T distances may vanish up to rounding
+DECADES = 9  # The y axis spans no more: at t = 1 a distance may vanish up to rounding.
 
 
 def draw(axes: Sequence[Axes] | np.ndarray, arrays: Mapping[str, np.ndarray], colors: Sequence[str]) -> None:
-    """Two panels: distances of scores, and of the divergence and its gradient, over time, on logarithmic axes.
+    """Draws the distances of scores in one panel, those of the divergence and its gradient in another, over time.
 
-    arrays: `times` [K] and, for a curve, its `<name>` and, if known, `<name>_stderr` [K]. KeyError if one of
-    `REQUIRED` is missing; the curves with the truth are drawn where they are there.
+    arrays: `times` [K] and for each curve `<name>` [K] and, if known, `<name>_stderr` [K]. A curve that is not there is
+    left out.
     """
     for ax, curves in zip(axes, (SCORES, DIVERGENCES), strict=True):
-        top, bottom = 0.0, np.inf
         for (name, label), color, line in zip(curves.items(), colors, LINES, strict=False):
-            if name not in arrays and name not in REQUIRED:
-                continue
-            mean = np.where(arrays[name] > 0, arrays[name], np.nan)
-            ax.plot(arrays["times"], mean, color=color, ls=line, lw=1.6, label=label)
-            if f"{name}_stderr" in arrays:
-                stderr = arrays[f"{name}_stderr"]
-                ax.fill_between(arrays["times"], mean - stderr, mean + stderr, color=color, alpha=0.2, lw=0)
-            if np.any(np.isfinite(mean)):
-                top, bottom = max(top, np.nanmax(mean)), min(bottom, np.nanmin(mean))
+            if name in arrays:
+                mean = np.where(arrays[name] > 0, arrays[name], np.nan)
+                ax.plot(arrays["times"], mean, color=color, ls=line, lw=1.6, label=label)
+                if (stderr := arrays.get(f"{name}_stderr")) is not None:
+                    ax.fill_between(arrays["times"], mean - stderr, mean + stderr, color=color, alpha=0.2, lw=0)
         ax.set(xlabel="t", yscale="log")
-        if top > 0:
-            ax.set_ylim(max(bottom, top / 10**DECADES) / 2, top * 2)
+        drawn = np.concatenate([arrays[name] for name in curves if name in arrays])
+        if np.any(drawn > 0):
+            low, high = drawn[drawn > 0].min(), drawn[drawn > 0].max()
+            ax.set_ylim(max(low, high / 10**DECADES) / 2, high * 2)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
     axes[0].set_ylabel("g² × squared distance of scores\n(nats / unit of time)")
     axes[1].set_ylabel("g² × squared distance\n(nats per unit of time and of x², x⁴)")

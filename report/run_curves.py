@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of one run, and of several at once, from the files of their workdirs; `report.py` writes them down."""
+"""The pictures of one run and those that compare several, drawn from the files in their workdirs."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +15,7 @@ from report import fisher_curves
 from report.canvas import MODEL, OTHER, PALETTE, TRUTH, Picture, panels, plus_minus, png
 from report.run_files import RunFiles, newest_npz
 from report.sample_grids import as_rows, newest_samples, over_training
+from report.tables import HEADLINES, VARIANTS
 
 TERMS = {
     "first": "First order",
@@ -24,27 +25,16 @@ TERMS = {
     "grad_norm": "Gradient norm before clipping",
 }
 ORDERS = ("first", "second", "third")
-# Keys of eval/report_<ckpt>.json that are drawn over the checkpoints, and the unit of those that do not say theirs.
-LIKELIHOODS = {
-    "bpd": ("ODE", "bits/dim"),
-    "bpd_variational": ("ODE, variational dequantisation", "bits/dim"),
-    "bpd_train": ("ODE, training data", "bits/dim"),
-    "bpd_variational_train": ("ODE, training data, variational dequantisation", "bits/dim"),
-    "nll": ("ODE", "nats"),
-    "nll_train": ("ODE, training data", "nats"),
-    "bound": ("bound by the SDE", "bits/dim"),
-    "bound_variational": ("bound by the SDE, variational dequantisation", "bits/dim"),
-    "bound_train": ("bound by the SDE, training data", "bits/dim"),
-}
-
-# ---- pictures of one run
+# The keys of eval/report_<ckpt>.json that are drawn over the checkpoints.
+LIKELIHOODS = {"bpd": "ODE", "nll": "ODE", "bound": "bound by the SDE"}
 
 
 def pictures(run: RunFiles) -> Iterator[Picture]:
-    """The pictures that the files of the run allow."""
+    """Yields the pictures for which the run has files."""
     names = [name for name in TERMS if any(np.any(run.series(split, name)[1]) for split in ("train", "eval"))]
     if names:
-        yield Picture("losses", png(_losses(run, names)), "The objective's terms in training. From metrics.jsonl.")
+        caption = "The objective's terms in training. From metrics.jsonl."
+        yield Picture("losses", png(_losses(run, names)), caption, "Losses")
     yield from newest_samples(run)
     yield from over_training(run)
     if found := newest_npz(run.eval, "density_*.npz", "x", "model_logp"):
@@ -52,23 +42,25 @@ def pictures(run: RunFiles) -> Iterator[Picture]:
         dim = as_rows(arrays["x"]).shape[1]
         if dim <= 2:
             figure, what = density_1d({"model": arrays}) if dim == 1 else density_2d(arrays)
-            yield Picture("density", png(figure), f"{what} From {run.name(path)}.")
+            yield Picture("density", png(figure), f"{what} From {path.relative_to(run.workdir)}.", "Density")
     if found := newest_npz(run.eval, "bpd_[0-9]*.npz"):
         path, arrays = found
-        values, unit = (arrays["bpd"], "bits/dim") if "bpd" in arrays else (-arrays["logp"], "nats")
-        caption = f"Examples, each averaged over its repeats; band: ± one standard error. From {run.name(path)}."
-        yield Picture("bpd", png(likelihoods(values, unit)), caption)
+        figure = likelihoods(arrays["bpd"], "bits/dim") if "bpd" in arrays else likelihoods(-arrays["logp"], "nats")
+        caption = "Examples, each averaged over its repeats; band: ± one standard error."
+        caption += f" From {path.relative_to(run.workdir)}."
+        yield Picture("bpd", png(figure), caption, "Likelihood of the examples")
     if len({result.get("step") for result in run.results}) > 1:
         yield from by_checkpoint({"": run}, "bpd_by_checkpoint")
     if found := newest_npz(run.eval, "fisher_*.npz", *fisher_curves.REQUIRED):
         path, arrays = found
         figure, axes = panels(1, 2, 5.6, 4.6)
         fisher_curves.draw(axes[0], arrays, PALETTE)
-        yield Picture("fisher", png(figure), f"{fisher_curves.CAPTION} From {run.name(path)}.")
+        caption = f"{fisher_curves.CAPTION} From {path.relative_to(run.workdir)}."
+        yield Picture("fisher", png(figure), caption, "Score diagnostics (Fisher curves)")
 
 
 def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centred running mean of the finite values over some 1/20 of them, over fewer at the ends."""
+    """Returns the centred running mean of the finite values over about 1/20 of them, over fewer at the ends."""
     steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     window = np.ones(2 * (len(values) // 40) + 1)
     if len(values) == 0:
@@ -77,10 +69,9 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _log_if_wide(ax: Axes) -> None:
-    """A logarithmic y axis where all that is drawn is positive and spans more than a factor of 20."""
-    drawn = np.concatenate([np.empty(0), *(np.asarray(line.get_ydata(), float) for line in ax.get_lines())])
-    drawn = drawn[np.isfinite(drawn)]
-    if len(drawn) and drawn.min() > 0 and drawn.max() > 20 * drawn.min():
+    """Makes the y axis logarithmic if all drawn values are positive and span more than a factor of 20."""
+    low, high = ax.dataLim.intervaly
+    if 0 < 20 * low < high:
         ax.set_yscale("log")
 
 
@@ -104,7 +95,10 @@ def _losses(run: RunFiles, names: list[str]) -> Figure:
 
 
 def density_1d(models: Mapping[str, dict[str, np.ndarray]]) -> tuple[Figure, str]:
-    """Densities of models of the same data over the true one and, where that is known, the error of the logarithm."""
+    """Draws densities of models of the same data over the true one and, if that is known, the log-density's error.
+
+    Returns the figure and a sentence for its caption.
+    """
     first = next(iter(models.values()))
     truth = first.get("true_logp")
     figure, axes = panels(1 if truth is None else 2, 1, 8.0, 3.1, sharex=True)
@@ -130,15 +124,17 @@ def density_1d(models: Mapping[str, dict[str, np.ndarray]]) -> tuple[Figure, str
 
 
 def density_2d(arrays: dict[str, np.ndarray]) -> tuple[Figure, str]:
-    """The model's density beside the true one, or else beside the histogram of the data, on one colour scale."""
+    """Draws the model's density beside the true one, or beside the histogram of the data, on one colour scale.
+
+    Returns the figure and a sentence for its caption. UserError if the grid is not square.
+    """
     x, n = arrays["x"], math.isqrt(len(arrays["x"]))
     if n * n != len(x):
         raise UserError(f"the 2-D density grid has {len(x)} points, which is not a square number")
     axes_of_grid = x[::n, 0], x[:n, 1]
-    maps = {"model": (*axes_of_grid, np.exp(arrays["model_logp"]).reshape(n, n))}
-    if "true_logp" in arrays:
-        maps["truth"] = (*axes_of_grid, np.exp(arrays["true_logp"]).reshape(n, n))
-    # A few peaks, or a histogram's noise, would darken all the rest.
+    known = {label: arrays[key] for label, key in (("model", "model_logp"), ("truth", "true_logp")) if key in arrays}
+    maps = {label: (*axes_of_grid, np.exp(logp).reshape(n, n)) for label, logp in known.items()}
+    # A scale that reached a few peaks, or a histogram's noise, would darken all the rest.
     top = max(np.percentile(density, 99.5) for _, _, density in maps.values())
     if "true_logp" not in arrays and "data" in arrays:
         bins, box = min(n, math.isqrt(len(arrays["data"]) // 4) + 1), [axis[[0, -1]] for axis in axes_of_grid]
@@ -156,12 +152,11 @@ def density_2d(arrays: dict[str, np.ndarray]) -> tuple[Figure, str]:
 
 
 def likelihoods(values: np.ndarray, unit: str) -> Figure:
-    """values [R, N]: histogram over the N examples."""
+    """Draws a histogram of the N examples. Values [R, N] are averaged over their R repeats first."""
     values = np.atleast_2d(values).mean(axis=0, dtype=np.float64)
     values = values[np.isfinite(values)]
     mean, stderr = values.mean(), values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    figure, axes = panels(1, 1, 7.5, 3.4)
-    ax = axes[0, 0]
+    figure, ((ax,),) = panels(1, 1, 7.5, 3.4)
     ax.hist(values, bins=max(10, min(60, len(values) // 8)), color=MODEL, alpha=0.65)
     ax.axvspan(mean - stderr, mean + stderr, color=OTHER, alpha=0.3, lw=0)
     ax.axvline(mean, color=OTHER, lw=1.6, label=f"mean {plus_minus(mean, stderr)} {unit}")
@@ -171,52 +166,45 @@ def likelihoods(values: np.ndarray, unit: str) -> Figure:
 
 
 def by_checkpoint(runs: Mapping[str, RunFiles], name: str) -> Iterator[Picture]:
-    """Each likelihood and bound over the training step of its checkpoint; a picture for each unit.
+    """Draws the likelihoods and bounds of runs on the same data over the training steps of their checkpoints.
 
-    runs: label -> run; of several, that of the test data alone. Nothing is drawn of a unit that only one run has.
+    runs: label -> run. Of several runs only the likelihood of the test data is drawn, and only if two of them have it.
     """
-    curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    curves, unit = {}, ""
     for label, run in runs.items():
-        for key, (what, unit) in LIKELIHOODS.items():
-            values = [(r["step"], r[key]) for r in run.results if "step" in r and _has_mean(r.get(key))]
-            if values and (len(runs) == 1 or key in ("bpd", "nll")):
-                points = [(step, value["mean"], value.get("stderr") or 0.0) for step, value in values]
-                curves.setdefault(values[-1][1].get("unit", unit), {})[label or what] = points
-    for unit, of_unit in curves.items():
-        if len(runs) > 1 and len(of_unit) < 2:
-            continue
-        figure, axes = panels(1, 1, 7.5, 3.6)
-        for i, (label, points) in enumerate(of_unit.items()):
-            step, mean, stderr = zip(*sorted(points), strict=True)
-            axes[0, 0].errorbar(step, mean, stderr, color=PALETTE[i % len(PALETTE)], marker="o", capsize=3, label=label)
-        axes[0, 0].set(xlabel="training step of the checkpoint", ylabel=f"negative log-likelihood ({unit})")
-        axes[0, 0].legend()
-        suffix = "" if len(curves) == 1 else "_" + re.sub(r"\W+", "_", unit)
-        caption = f"By checkpoint, in {unit}; bars: ± one standard error over examples. From eval/report_*.json."
-        yield Picture(name + suffix, png(figure), caption)
-
-
-def _has_mean(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("mean"), float) and math.isfinite(value["mean"])
-
-
-# ---- pictures of several runs
+        for kind, variant in itertools.product(LIKELIHOODS, VARIANTS):
+            key = kind + variant
+            found = [(r["step"], r[key]) for r in run.results if key in r and math.isfinite(r[key]["mean"])]
+            if found and (len(runs) == 1 or key in ("bpd", "nll")):
+                unit = found[-1][1].get("unit", HEADLINES[kind][1])
+                points = sorted((step, value["mean"], value["stderr"]) for step, value in found)
+                curves[label or LIKELIHOODS[kind] + VARIANTS[variant]] = points
+    if len(curves) < min(2, len(runs)):
+        return
+    figure, ((ax,),) = panels(1, 1, 7.5, 3.6)
+    for (label, points), color in zip(curves.items(), itertools.cycle(PALETTE), strict=False):
+        ax.errorbar(*zip(*points, strict=True), color=color, marker="o", capsize=3, label=label)
+    ax.set(xlabel="training step of the checkpoint", ylabel=f"negative log-likelihood ({unit})")
+    ax.legend()
+    caption = f"By checkpoint, in {unit}; bars: ± one standard error over examples. From eval/report_*.json."
+    yield Picture(name, png(figure), caption, "Likelihood by checkpoint")
 
 
 def comparisons(runs: Mapping[str, RunFiles]) -> Iterator[Picture]:
-    """Runs on the same data at once: their 1-D densities, likelihoods and losses by order."""
+    """Yields pictures that compare runs on the same data: 1-D densities, likelihoods, and the losses of each order."""
     groups: dict[str, dict[str, RunFiles]] = {}
     for label, run in runs.items():
         groups.setdefault(run.dataset, {})[label] = run
     for dataset, group in groups.items():
+        suffix = re.sub(r"\W+", "_", f"_{dataset}").rstrip("_")
         found = {label: newest_npz(run.eval, "density_*.npz", "x", "model_logp") for label, run in group.items()}
         models = {label: f[1] for label, f in found.items() if f and as_rows(f[1]["x"]).shape[1] == 1}
         if len(models) > 1:
             figure, what = density_1d(models)
-            name = re.sub(r"\W+", "_", f"density_{dataset}").strip("_")
-            yield Picture(name, png(figure), f"{dataset}: {what} From each run's eval/density_*.npz.")
+            caption = f"{dataset}: {what} From each run's eval/density_*.npz."
+            yield Picture("density" + suffix, png(figure), caption)
         if len(group) > 1:
-            yield from by_checkpoint(group, re.sub(r"\W+", "_", f"likelihood_{dataset}").strip("_"))
+            yield from by_checkpoint(group, "likelihood" + suffix)
     orders = [name for name in ORDERS if any(np.any(run.series("train", name)[1]) for run in runs.values())]
     if orders:
         caption = "Training losses by order, running means. From each run's metrics.jsonl."
@@ -224,12 +212,12 @@ def comparisons(runs: Mapping[str, RunFiles]) -> Iterator[Picture]:
 
 
 def _compared_losses(groups: Mapping[str, Mapping[str, RunFiles]], orders: list[str]) -> Figure:
-    """A row for each data set, a panel for each order that some run has."""
+    """Draws one row of panels for each data set and one column for each order."""
     single = len(groups) == len(orders) == 1
     figure, axes = panels(len(groups), len(orders), 9.0 if single else 5.4, 3.6)
     for row, (dataset, group) in zip(axes, groups.items(), strict=True):
         for ax, name in zip(row, orders, strict=True):
-            for (label, run), color in zip(group.items(), PALETTE * len(group), strict=False):
+            for (label, run), color in zip(group.items(), itertools.cycle(PALETTE), strict=False):
                 steps, values = run.series("train", name)
                 if np.any(values):
                     ax.plot(*smooth(steps, values), color=color, lw=1.5, label=label)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run's workdir, as the report reads them."""
+"""Reads the files that a run leaves in its workdir."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from errors import UserError
 
 
 class RunFiles(NamedTuple):
-    """What a workdir holds, the arrays apart; `results` has the evaluated checkpoints, the newest last."""
+    """The JSON files of a workdir. `results` has one entry for each evaluated checkpoint, the newest last."""
 
     workdir: Path
     eval: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     results: list[dict[str, Any]]
-    launches: list[dict[str, Any]] = []  # noqa: RUF012 (never changed) of run.json: where and by what code it was run
+    launches: list[dict[str, Any]]  # of run.json: when, where and by what code the run was started
 
     @property
     def dataset(self) -> str:
@@ -28,24 +28,20 @@ class RunFiles(NamedTuple):
         return str(newest.get("dataset") or self.config.get("data", {}).get("dataset") or "")
 
     def series(self, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of one metric."""
+        """Returns the steps and the values of one metric."""
         rows = [r for r in self.metrics if r["split"] == split and r.get(name) is not None]
         return np.array([r["step"] for r in rows]), np.array([r[name] for r in rows], np.float64)
 
-    def name(self, path: Path) -> str:
-        return str(path.relative_to(self.workdir))
-
 
 def load(workdir: Path, eval_folder: str = "eval") -> RunFiles:
-    """UserError if nothing of a run is in `workdir`, or a file of it is damaged."""
-    folder = workdir / eval_folder
+    """Reads a run's JSON files. UserError if `workdir` holds nothing of a run, or a JSON file in it is damaged."""
+    folder, log = workdir / eval_folder, workdir / "metrics.jsonl"
+    paths = workdir / "config.json", workdir / "run.json"
     try:
-        config, facts = (_json_or_nothing(workdir / name) for name in ("config.json", "run.json"))
+        config, facts = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
         results = [json.loads(path.read_text()) for path in numbered(folder, "report_*.json")]
-        log = workdir / "metrics.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        # A stopped run may have left half a line.
-        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = log.read_text().split("\n")[:-1] if log.exists() else []  # a stopped run may have left half a line
+        metrics = [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(f"a JSON file of {workdir} is damaged: {error}") from error
     if not (config or metrics or results or numbered(folder, "*.npz") or numbered(workdir / "samples", "*")):
@@ -53,28 +49,24 @@ def load(workdir: Path, eval_folder: str = "eval") -> RunFiles:
     return RunFiles(workdir, folder, config, metrics, results, facts.get("launches", []))
 
 
-def _json_or_nothing(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def numbered(folder: Path, pattern: str) -> list[Path]:
-    """The files `<name>_<number>.<suffix>` that match, by their number."""
+    """Returns the files `<name>_<number>.<suffix>` that match the pattern, in the order of their numbers."""
     return sorted((p for p in folder.glob(pattern) if re.search(r"_\d+\.\w+$", p.name)), key=number_of)
 
 
 def number_of(path: Path) -> int:
-    """3, of `<name>_3.<suffix>`."""
+    """Returns 3 for `<name>_3.<suffix>`."""
     return int(path.stem.rpartition("_")[2])
 
 
 def newest_npz(folder: Path, pattern: str, *required: str) -> tuple[Path, dict[str, np.ndarray]] | None:
-    """The file of the highest number and its arrays; None if there is none. UserError as of `load_npz`."""
+    """Returns the file with the highest number and its arrays, or None if none matches. Raises as `load_npz` does."""
     paths = numbered(folder, pattern)
     return (paths[-1], load_npz(paths[-1], *required)) if paths else None
 
 
 def load_npz(path: Path, *required: str) -> dict[str, np.ndarray]:
-    """The arrays by name. UserError if it cannot be read or one that is required is missing."""
+    """Returns the arrays by name. UserError if the file cannot be read or lacks a required array."""
     try:
         with path.open("rb") as file, np.load(file) as arrays:  # np.load leaves a damaged file open
             return {name: arrays[name] for name in {*arrays.files, *required}}

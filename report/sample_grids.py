@@ -5,8 +5,10 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,12 +20,12 @@ MIN_CELL, PAD, PAD_GREY = 40, 2, 200
 
 
 def as_rows(x: np.ndarray) -> np.ndarray:
-    """[N, D], also of [N]."""
+    """Returns points [N, D] or [N] as [N, D]."""
     return x.reshape(len(x), -1)
 
 
 def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
-    """A PNG, as `report.save_image_grid` writes it."""
+    """Returns the PNG that `report.save_image_grid` writes."""
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"images must be [N, H, W, 1 or 3], none of them 0, not {list(images.shape)}")
     if images.dtype != np.uint8:
@@ -43,96 +45,87 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
 
 
 def newest_samples(run: RunFiles) -> Iterator[Picture]:
-    """The newest samples: of the evaluation, unless training has drawn some at a later step."""
-    paths = numbered(run.workdir / "samples", "step_*")
+    """Draws the samples of the newest evaluation, or those of training if they are of a later step."""
+    paths = numbered(run.eval, "samples_*.npz")
+    in_training = numbered(run.workdir / "samples", "step_*")
     step = run.results[-1].get("step", math.inf) if run.results else math.inf
-    evaluated = newest_npz(run.eval, "samples_*.npz", "samples")
-    if paths and (evaluated is None or number_of(paths[-1]) > step):
-        if paths[-1].suffix == ".png":
-            yield Picture("samples", paths[-1].read_bytes(), f"Samples in training. From {run.name(paths[-1])}.")
-            return
-        evaluated = newest_npz(run.workdir / "samples", "step_*.npz", "samples")
-    if evaluated is not None:
-        path, samples = evaluated[0], evaluated[1]["samples"]
-        density = newest_npz(run.eval, "density_*.npz")
-        data = None if density is None else density[1].get("data")
-        image = samples.ndim == 4
-        picture = image_grid(samples[:64]) if image else png(point_samples(as_rows(samples), data))
-        what = f"The first {min(64, len(samples))} of {len(samples):,} samples" if image else "Samples of the model"
-        yield Picture("samples", picture, f"{what}. From {run.name(path)}.")
+    if in_training and (not paths or number_of(in_training[-1]) > step):
+        paths = in_training
+    for path in paths[-1:]:
+        if path.suffix == ".png":
+            picture, what = path.read_bytes(), "Samples in training"
+        elif (samples := load_npz(path, "samples")["samples"]).ndim == 4:
+            picture, what = image_grid(samples[:64]), f"The first {min(64, len(samples))} of {len(samples):,} samples"
+        else:
+            density = newest_npz(run.eval, "density_*.npz")
+            picture, what = png(point_samples(samples, density and density[1].get("data"))), "Samples of the model"
+        yield Picture("samples", picture, f"{what}. From {path.relative_to(run.workdir)}.", "Samples")
 
 
 def point_samples(samples: np.ndarray, data: np.ndarray | None) -> Figure:
-    """1-D: histograms, one over the other. Otherwise the first two coordinates, side by side."""
-    data = None if data is None else as_rows(data)
-    frame = samples if data is None else data
-    margin = 0.25 * np.ptp(frame, axis=0) + 1e-3
-    low, high = frame.min(axis=0) - margin, frame.max(axis=0) + margin
-    if samples.shape[1] == 1:
-        figure, axes = panels(1, 1, 8.0, 3.4)
-        bins = {"bins": _num_bins(len(samples)), "range": (low[0], high[0]), "density": True}
+    """Draws samples [N, D] and true data [M, D]: one over the other if they are 1-D, else side by side."""
+    clouds = [("samples of the model", as_rows(samples), MODEL)]
+    if data is not None:
+        clouds.append(("true data", as_rows(data), "#555555"))
+    frame = clouds[-1][1]
+    if frame.shape[1] == 1:
+        figure, ((ax,),) = panels(1, 1, 8.0, 3.4)
         if data is not None:
-            axes[0, 0].hist(data[:, 0], color=TRUTH, alpha=0.5, label="true data", **bins)
-        axes[0, 0].hist(samples[:, 0], histtype="step", color=MODEL, lw=1.6, label="samples of the model", **bins)
-        axes[0, 0].set(xlabel="x", ylabel="density (1 / unit of x)")
-        axes[0, 0].legend()
+            _draw_points(ax, frame, frame, len(samples), color=TRUTH, alpha=0.5, label="true data")
+        style = {"color": MODEL, "histtype": "step", "lw": 1.6, "label": "samples of the model"}
+        _draw_points(ax, clouds[0][1], frame, len(samples), **style)
+        ax.legend()
         return figure
-    clouds = [("samples of the model", samples, MODEL)] + ([] if data is None else [("true data", data, "#555555")])
     shown = min(5000, *(len(x) for _, x, _ in clouds))
     figure, axes = panels(1, len(clouds), 4.8, 4.8, layout="compressed", sharex=True, sharey=True)
     for ax, (label, x, color) in zip(axes[0], clouds, strict=True):
-        ax.scatter(*x[:shown, :2].T, s=4, alpha=0.4, color=color, linewidths=0)
-        ax.set(title=f"{label}, {shown:,} points", xlabel="x[0]", ylabel="x[1]", aspect="equal")
-        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-        ax.label_outer()
+        _draw_points(ax, x, frame, shown, color=color)
+        ax.set(title=f"{label}, {shown:,} points", aspect="equal")
     return figure
 
 
-def _num_bins(n: int) -> int:
-    """Of a histogram of n points: enough of them in each."""
-    return min(100, max(10, n // 10))
+def _draw_points(ax: Axes, x: np.ndarray, frame: np.ndarray, n: int, dot: int = 4, **style: Any) -> None:
+    """Draws 1-D points as a histogram with bins for n points, or two coordinates of the first n others as dots.
+
+    The axes hold the points `frame` [N, D] with a margin.
+    """
+    margin = 0.25 * np.ptp(frame, axis=0) + 1e-3
+    low, high = frame.min(axis=0) - margin, frame.max(axis=0) + margin
+    if x.shape[1] == 1:
+        ax.hist(x[:, 0], bins=min(100, max(10, n // 10)), range=(low[0], high[0]), density=True, **style)
+        ax.set(xlabel="x", ylabel="density (1 / unit of x)")
+    else:
+        ax.scatter(*x[:n, :2].T, s=dot, alpha=0.4, linewidths=0, **style)
+        ax.set(xlabel="x[0]", ylabel="x[1]", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    ax.label_outer()
 
 
 def over_training(run: RunFiles, most: int = 4) -> Iterator[Picture]:
-    """Samples of up to `most` snapshots of the training side by side, the first and the newest among them.
+    """Draws the samples of up to `most` snapshots of the training side by side, the first and the newest among them.
 
-    Nothing if fewer than two snapshots drew samples. UserError if a file cannot be read.
+    Yields nothing if fewer than two snapshots drew samples. UserError if a file cannot be read.
     """
     paths = numbered(run.workdir / "samples", "step_*")
     if len(paths) < 2:
         return
     chosen = [paths[i] for i in sorted(set(np.linspace(0, len(paths) - 1, most).round().astype(int)))]
-    grids = all(path.suffix == ".png" for path in chosen)
-    figure = _grids(chosen) if grids else _clouds([as_rows(load_npz(path, "samples")["samples"]) for path in chosen])
-    for ax, path in zip(figure.axes, chosen, strict=True):
-        ax.set_title(f"step {number_of(path):,}")
-    yield Picture("samples_over_training", png(figure), "Samples over training, EMA weights. From samples/step_*.")
-
-
-def _grids(paths: list[Path]) -> Figure:
-    figure, axes = panels(1, len(paths), 3.2, 3.5)
-    for ax, path in zip(axes[0], paths, strict=True):
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error}") from error
-        ax.imshow(pixels, interpolation="antialiased")
-        ax.set_axis_off()
-    return figure
-
-
-def _clouds(snapshots: list[np.ndarray]) -> Figure:
-    """Snapshots [N, D] on the axes of the newest: histograms of 1-D points, else their first two coordinates."""
-    margin = 0.25 * np.ptp(snapshots[-1], axis=0) + 1e-3
-    low, high = snapshots[-1].min(axis=0) - margin, snapshots[-1].max(axis=0) + margin
-    figure, axes = panels(1, len(snapshots), 3.2, 3.2, sharex=True, sharey=True)
-    for ax, x in zip(axes[0], snapshots, strict=True):
-        if x.shape[1] == 1:
-            ax.hist(x[:, 0], bins=_num_bins(len(x)), range=(low[0], high[0]), density=True, color=MODEL)
-            ax.set(xlabel="x", ylabel="density (1 / unit of x)")
+    images = all(path.suffix == ".png" for path in chosen)
+    snapshots = [_pixels(path) if images else as_rows(load_npz(path, "samples")["samples"]) for path in chosen]
+    figure, axes = panels(1, len(chosen), 3.2, 3.5 if images else 3.2, sharex=not images, sharey=not images)
+    for ax, path, snapshot in zip(axes[0], chosen, snapshots, strict=True):
+        if images:
+            ax.imshow(snapshot, interpolation="antialiased")
+            ax.set_axis_off()
         else:
-            ax.scatter(*x[:5000, :2].T, s=3, alpha=0.4, color=MODEL, linewidths=0)
-            ax.set(xlabel="x[0]", ylabel="x[1]", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-        ax.label_outer()
-    return figure
+            _draw_points(ax, snapshot, snapshots[-1], min(5000, len(snapshot)), dot=3, color=MODEL)
+        ax.set_title(f"step {number_of(path):,}")
+    title = "Samples over training"
+    yield Picture("samples_over_training", png(figure), f"{title}, EMA weights. From samples/step_*.", title)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of the logs reaches the console and `stdout.txt`, and how it looks there."""
+"""Formats and filters the log for the console and `stdout.txt`."""
 
 import logging as std_logging
 from pathlib import Path
@@ -10,7 +10,7 @@ from errors import UserError
 
 
 class _Console(std_logging.Formatter):
-    """Time of day and message; a warning or an error says that it is one."""
+    """Shows the time of day and the message; marks a warning or an error as such."""
 
     def __init__(self):
         super().__init__("%(asctime)s %(mark)s%(message)s", "%H:%M:%S")
@@ -21,9 +21,9 @@ class _Console(std_logging.Formatter):
 
 
 def quieten_libraries() -> None:
-    """Leaves out what they log below a warning, before the first of them logs; their warnings stay.
+    """Silences what libraries log below a warning; to be called before the first of them logs.
 
-    jax tells of every backend it looked for and did not find, orbax and tensorboardX of every step they take.
+    jax reports every backend that it did not find, orbax and tensorboardX report every step that they take.
     """
     for name in ("jax", "orbax", "tensorboardX"):
         std_logging.getLogger(name).setLevel(std_logging.WARNING)
@@ -32,7 +32,7 @@ def quieten_libraries() -> None:
 
 
 def set_up_logging(workdir: Path, to_file: bool) -> None:
-    """Progress to the console and, of the first host, appended to `workdir/stdout.txt`."""
+    """Sends progress to the console and, if `to_file`, appends it to `workdir/stdout.txt`."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = std_logging.FileHandler(workdir / "stdout.txt") if to_file else std_logging.NullHandler()
@@ -45,5 +45,5 @@ def set_up_logging(workdir: Path, to_file: bool) -> None:
 
 
 def _from_this_project(record: std_logging.LogRecord) -> bool:
-    """orbax and grain log their routine through absl as well; their warnings stay."""
+    """Whether a record is this project's or a warning: orbax and grain log their routine through absl as well."""
     return record.levelno >= std_logging.WARNING or "site-packages" not in record.pathname

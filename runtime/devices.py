@@ -8,14 +8,14 @@ import numpy as np
 
 
 def all_devices() -> list:
-    """Of all hosts, those of host 0 first: so host k's part of a batch is the k-th contiguous part."""
+    """The devices of all hosts, those of host 0 first: host k's part of a batch is the k-th contiguous part."""
     return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
 
 
 def replicate(tree, devices: list | None = None):
-    """One copy for each device of this host, on a new leading axis; devices: of the pmap it is for (all).
+    """Copies the arrays to each device of this host, on a new leading axis, for a pmap over `devices` (default: all).
 
-    The pmapped identity puts it where pmap's own results lie; else the first step would be compiled twice.
+    The pmapped identity puts them where pmap's own results lie; else the first step would be compiled twice.
     """
     copies = jax.tree.map(lambda x: np.stack([x] * jax.local_device_count()), tree)
     p_identity = jax.pmap(lambda x: x, devices=devices or all_devices())
@@ -23,18 +23,18 @@ def replicate(tree, devices: list | None = None):
 
 
 def first(tree):
-    """The copy of this host's first device, on the host."""
+    """The first device's copy of replicated arrays, as numpy."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
 
 
 def on_this_host(x: jax.Array) -> np.ndarray:
-    """[local devices * b, ...], of a pmap's result [devices, b, ...]."""
+    """This host's part [local devices * b, ...] of a pmap's result [devices, b, ...]."""
     shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data).reshape(-1, *x.shape[2:]) for shard in shards])
 
 
 def shard(x: np.ndarray) -> np.ndarray:
-    """[B, ...] to [local devices, B / devices, ...]."""
+    """Splits this host's batch [B, ...] over its devices: [local devices, B / local devices, ...]."""
     return x.reshape(jax.local_device_count(), -1, *x.shape[1:])
 
 

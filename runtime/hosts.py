@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from errors import UserError
 
-HEARTBEAT_S = 60  # without a sign of life, after which a host counts as dead
+HEARTBEAT_S = 60  # a host that gives no sign of life for so long counts as dead
 LOST = (
     "error: another host of this run has died or cannot be reached, so this one ends too; look at the others' output "
     "and start all of them again, which goes on from the newest checkpoint"
@@ -26,31 +26,28 @@ _OF_A_LOSS = re.compile(
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _ON_ABORT(_: int) -> None:  # noqa: N802
-    """JAX aborts the process where it hears of a dead host first, in a thread of its own that no exception leaves."""
+    """Ends the process in one line where JAX aborts it: its thread hears of a dead host and can raise no exception."""
     abandon(LOST)
 
 
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins this process to the others of its run, before the first use of a device; alone it does nothing.
+    """Joins this process to the others of its run; to be called before the first use of a device.
 
-    The three arguments are given together, or none is and a SLURM job of several tasks or a TPU pod is recognised.
-    UserError if some are missing, or the others cannot be reached.
+    Without the three arguments it recognises a SLURM job of several tasks and a TPU pod; a process alone stays alone.
+    Raises UserError if some arguments are missing, or if the others cannot be reached.
     """
-    given = {
-        "--coordinator_address": coordinator_address,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
-    missing = [name for name, value in given.items() if value is None]
+    names = "--coordinator_address", "--num_processes", "--process_id"
+    values = coordinator_address, num_processes, process_id
+    missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if 0 < len(missing) < 3:
-        raise UserError(f"several hosts need {', '.join(given)}: {' and '.join(missing)} missing")
+        raise UserError(f"several hosts need {', '.join(names)}: {' and '.join(missing)} missing")
     if missing and not _scheduled():
         return
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id} must be in 0 .. --num_processes - 1 = {num_processes - 1}")
     if num_processes == 1:
         return
-    # Else two programs of a process may run at once on the CPU, and their sums over the hosts meet the wrong partners.
+    # Else a process may run two programs at once on the CPU, whose sums over the hosts meet the wrong partners.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
@@ -68,36 +65,36 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
 
 
 def number_of_first(number: int) -> int:
-    """The first host's number, on all of them."""
+    """The first host's number, on every host."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
 
 
-def check_same(what: str, digest: str) -> None:
-    """UserError, on every host, if they do not all have the same digest of what they are to have in common."""
+def check_same(facts: str) -> None:
+    """Raises UserError, on every host, if the `facts` of all hosts (config, digest of the parameters) are not equal."""
     if jax.process_count() == 1:
         return
-    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(digest.encode()).digest(), np.uint8))
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(facts.encode()).digest(), np.uint8))
     others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
     if others:
         raise UserError(
-            f"process {', '.join(map(str, others))} of this run has {what} other than the first's; start all with the "
-            "same command, config and --workdir, which all must see"
+            f"process {', '.join(map(str, others))} of this run has config or parameters other than the first's; "
+            "start all with the same command, config and --workdir, which all must see"
         )
 
 
 def is_loss(error: Exception | None) -> bool:
-    """Whether it is what a collective raises when another host has died."""
+    """Whether this is the error that a collective raises when another host has died."""
     return isinstance(error, (ValueError, RuntimeError)) and bool(_OF_A_LOSS.search(str(error)))
 
 
 def abandon(message: str) -> None:
-    """Ends this process at once if it is one of several: the others would wait for it in vain, so must see it die."""
+    """Ends this process at once if it is one of several: the others must see it die, or they would wait for it."""
     if jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)
         os._exit(1)
 
 
 def _scheduled() -> bool:
-    """In a SLURM step of several tasks, or on one of several workers of a TPU pod."""
+    """Whether this process is in a SLURM step of several tasks, or on one of several workers of a TPU pod."""
     slurm = "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     return slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")

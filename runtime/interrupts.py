@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that ask a run to stop, and the agreement of all hosts on the step after which they do."""
+"""Signals that ask a run to stop, and the agreement of all hosts on the step after which they stop."""
 
 import collections
+import contextlib
 import signal
 from types import FrameType
 
@@ -13,22 +14,21 @@ import numpy as np
 class StopRequest:
     """Inside `with`, the first SIGTERM or SIGINT is noted, not obeyed; a second one ends the process as usual.
 
-    Hosts are signalled at different moments, yet must leave a loop with collectives after the same step. So each tells
-    the others in a sum over all devices at every step, whose value is read two steps later, when it costs no waiting.
+    Signals reach the hosts at different moments, yet all must leave a loop with collectives after the same step. So
+    each host tells the others by a sum over all devices at every step. Its value is read two steps later, when it
+    costs no waiting.
     """
 
     def __init__(self):
         self.signal = ""
         self._previous = {}
         self._sums: collections.deque = collections.deque()
-        self._already = 0  # of the sums that are under way, those from before the save that was agreed last
+        self._already = 0  # how many of the sums under way are from before the save that was agreed last
         self._sum = jax.pmap(lambda flag: jax.lax.psum(flag, "hosts"), axis_name="hosts")
 
     def __enter__(self):
-        try:
+        with contextlib.suppress(ValueError):  # this is not the main thread, which alone gets signals
             self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread, which alone gets signals
-            self._previous = {}
         return self
 
     def __exit__(self, *_):
@@ -37,14 +37,13 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self.__exit__()
 
     def agreed(self, due: bool) -> tuple[bool, bool]:
-        """To stop, and to save, after this step; to be called once after each, by all hosts.
+        """Whether to stop, and whether to save, after this step. All hosts call it once after each step.
 
-        due: a save is, by the first host's clock; what the others say of it counts for nothing. Once agreed, it is not
-        asked for again by what that host had said meanwhile.
+        due: whether this host's clock asks for a save. Only the first host's counts. What it asked for between its
+        first request and the agreement asks for no second save.
         """
         if jax.process_count() == 1:
             return bool(self.signal), due

@@ -16,9 +16,9 @@ from errors import UserError
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path):
-    """Holds `workdir/.lock` against other processes; the operating system lets go of it however this one ends.
+    """Holds `workdir/.lock` against other processes; the operating system releases it however this process ends.
 
-    Of several hosts the first holds it. UserError if another run has it, or if the folder cannot be written.
+    Of several hosts the first holds it. Raises UserError if another run has it, or if the folder cannot be written.
     """
     if jax.process_index() != 0:
         yield
@@ -38,8 +38,7 @@ def workdir_lock(workdir: Path):
             ) from error
         file.seek(0)
         file.truncate()
-        file.write(
-            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         file.flush()
         yield

@@ -4,48 +4,83 @@
 import collections
 import contextlib
 import datetime
+import functools
 import itertools
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 import checkpoints
+import datasets
 import losses
+import report
+from configs.check import flatten
+from configs.resume import BY_MACHINE
 from errors import UserError
-from runtime.devices import first, replicate, shard
+from runtime import hosts, launch
+from runtime.devices import all_devices, digest, first, on_this_host, replicate, shard
 from runtime.interrupts import StopRequest
-from runtime.launch import program_memory
 from runtime.records import MetricsLog, Pending
 from runtime.trackers import open_trackers
-from task import Config
+from task import Config, Task
 
 # Calls of the step that may be under way while the host goes on; their metrics are read afterwards.
 _IN_FLIGHT = 2
 
 
 class Job(NamedTuple):
-    """What is trained, and how.
+    """What is trained, and how. The config's `training` section sets the frequencies."""
 
-    p_step is a pmap of n steps: (state, x [devices, n, B / devices, ...], frozen) -> (state, metrics [devices, n]).
-    """
-
-    config: Config  # its `training` section sets the frequencies
+    task: Task
+    what: str  # the console's name of it
     directory: Path
     state: losses.TrainState  # on the host
     record: dict[str, Any]  # of the checkpoint that the state comes from
-    loader: Any  # iterator of {'x', 'index'} with get_state and set_state
-    p_step: Any
+    facts: dict[str, str]  # saved with each checkpoint; with a `parent` the data come in an order of their own
+    loss_fn_of: Callable[..., losses.LossFn]  # (frozen, train=True) -> loss, with dropout if `train`
+    data_config: Config
     n_iters: int
-    eval_fn: Callable[[losses.TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]  # means, of each example [b]
+    ema_rate: float
     frozen: Any = ()  # parameters that do not change; as constants of the program they would swell it
-    on_snapshot: Callable[[losses.TrainState, int], bytes | None] | None = None  # saves samples; gives a PNG of them
-    facts: dict[str, Any] | None = None  # saved with each checkpoint
-    snapshot_number: Callable[[int], int] = lambda step: step
+    on_snapshot: Callable[[losses.TrainState, int], bytes | None] | None = None  # saves samples; returns a PNG of them
+
+
+def run(job: Job) -> losses.TrainState:
+    """Trains to `n_iters` steps or to a SIGTERM or SIGINT. Returns the state, on the host, saved either way.
+
+    Raises UserError after `training.max_bad_steps` bad steps in a row, with the last good state saved.
+    """
+    config, directory = job.task.config, job.directory
+    if jax.process_count() > 1:
+        check_hosts(config, digest((job.state, job.frozen)))
+    launch.record(directory, config, int(job.state.step))
+    launch.log_start(job.task, job.state, job.what, job.n_iters)
+    with StopRequest() as stop, contextlib.closing(_Loop(job)) as loop:
+        state = loop.run(stop)
+    if jax.process_index() == 0:
+        places = {
+            "checkpoints": f"{directory / 'checkpoints'} (kept), {directory / 'checkpoints-meta'} (to resume from)",
+            "metrics": f"{directory / 'metrics.jsonl'}; tensorboard --logdir {directory / 'tensorboard'}",
+            **({"samples": str(directory / "samples")} if job.on_snapshot else {}),
+            "report": str(report.write_report(directory)),
+        }
+        done = "done" if int(state.step) >= job.n_iters else "stopped"
+        launch.log_table(f"{done} at step {int(state.step)} of {job.n_iters}", places)
+    return state
+
+
+def check_hosts(config: Config, digest_of_arrays: str) -> None:
+    """Raises UserError, on every host, if they do not all have one config and the same arrays."""
+    common = {key: value for key, value in flatten(config).items() if key not in BY_MACHINE}
+    hosts.check_same(f"{common} {digest_of_arrays}")
 
 
 def compiled(p_step: Any, *args: Any) -> Any:
@@ -55,44 +90,46 @@ def compiled(p_step: Any, *args: Any) -> Any:
     logging.info("compiling the training step; minutes for a large network or an order above 1")
     start = time.monotonic()
     program = p_step.lower(*args).compile()
-    seconds, memory = time.monotonic() - start, program_memory(program.memory_analysis())
+    seconds, memory = time.monotonic() - start, launch.program_memory(program.memory_analysis())
     logging.info("compiled in %.1f s%s", seconds, f"; it needs {memory}" if memory else "")
     return program
 
 
-def run(job: Job) -> losses.TrainState:
-    """Trains to `n_iters` steps or to a SIGTERM or SIGINT; returns the state, on the host, saved either way.
-
-    UserError after `training.max_bad_steps` bad steps in a row, with the last good state saved.
-    """
-    with StopRequest() as stop, contextlib.closing(_Loop(job)) as loop:
-        return loop.run(stop)
-
-
 class _Loop:
     def __init__(self, job: Job):
-        self.job, self.training = job, job.config.training
+        config = job.task.config
+        self.job, self.training = job, config.training
         self.step = int(job.state.step)
         self.state, self.frozen = replicate(job.state), replicate(job.frozen)
         self.is_writer = jax.process_index() == 0
+        self.p_step, self.eval_fn = _pmapped_steps(job), _eval_fn(job)
+        self.loader = datasets.train_loader(
+            job.task.dataset,
+            job.data_config,
+            batch_size=self.training.batch_size,
+            seed=config.seed + (int(job.facts.get("parent", "")[:8] or "0", 16) << 32),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
         if "loader" in job.record:
-            job.loader.set_state(job.record["loader"])
+            self.loader.set_state(job.record["loader"])
         self.pending = Pending(job.record.get("pending"))
         self.bad_in_a_row = job.record.get("bad_in_a_row", 0)
         self.in_flight: collections.deque = collections.deque()
-        self.log = None
+        path, trackers = Path(os.devnull), []  # of the hosts that do not write
         if self.is_writer:
-            trackers = open_trackers(job.directory, self.step, self.training.wandb_project, job.config.to_dict())
-            self.log = MetricsLog(job.directory, self.step, trackers)
+            path = job.directory / "metrics.jsonl"
+            trackers = open_trackers(job.directory, self.step, self.training.wandb_project, config.to_dict())
+        self.log = MetricsLog(path, self.step, trackers)
 
     def run(self, stop: StopRequest) -> losses.TrainState:
         job, training, jitted = self.job, self.training, self.training.n_jitted_steps
         clock, programs = None, {}
-        for x, index in _grouped(job.loader, jitted, first=jitted - self.step % jitted):
+        for x, index in _grouped(self.loader, jitted, first=jitted - self.step % jitted):
             if self.step >= job.n_iters:
                 break
             if x.shape not in programs:  # the first call after a resume may be shorter
-                programs[x.shape] = compiled(job.p_step, self.state, x, self.frozen)
+                programs[x.shape] = compiled(self.p_step, self.state, x, self.frozen)
             clock = clock or _Clock(self.step)
             self.state, metrics = programs[x.shape](self.state, x, self.frozen)
             self.step += len(index)
@@ -104,62 +141,55 @@ class _Loop:
             evaluating = self.step % training.eval_freq == 0
             snapshot = self.step % training.snapshot_freq == 0 or final
             if evaluating or snapshot:  # on every host: its means go over all of them
-                means, per_example = job.eval_fn(self.state)
+                means, per_example = self.eval_fn(self.state)
                 if evaluating:
-                    self._write("eval", means)
+                    self.log.write(self.step, "eval", means)
                 if snapshot:
-                    self._save("checkpoints", job.snapshot_number(self.step), keep=0)
-                    self._track_snapshot(per_example)
+                    self._snapshot(per_example)
             stopping, due = stop.agreed(clock.minutes_since_save() >= training.snapshot_minutes_for_preemption > 0)
             stopping = stopping and not final
             if self.step % training.snapshot_freq_for_preemption == 0 or final or due or stopping:
                 path = self._save("checkpoints-meta", self.step, keep=2)
-                clock.saved()
+                clock.saved = time.monotonic()
             if stopping:
                 logging.info("stopped by %s after step %d; run again to go on from %s", stop.signal, self.step, path)
                 break
         return first(self.state)
 
     def close(self) -> None:
-        if self.log is not None:
-            self.log.close()
+        self.log.close()
 
-    def _track_snapshot(self, per_example: dict[str, np.ndarray]) -> None:
-        """Histograms of the losses of the first host's test examples, and samples, which all hosts draw."""
-        picture = self.job.on_snapshot(self.state, self.step) if self.job.on_snapshot is not None else None
-        if self.log is not None:
-            self.log.histograms(self.step, "eval_examples", per_example)
+    def _snapshot(self, per_example: dict[str, np.ndarray]) -> None:
+        """Saves a kept checkpoint, histograms of the losses of the first host's test examples, and samples."""
+        # Snapshot k is the one after k * snapshot_freq steps; the last one may be one step later (n_iters = k f + 1).
+        self._save("checkpoints", max(1, math.ceil((self.step - 1) / self.training.snapshot_freq)), keep=0)
+        self.log.histograms(self.step, "eval_examples", per_example)
+        if self.job.on_snapshot is not None:  # on every host: each draws its share
+            picture = self.job.on_snapshot(self.state, self.step)
             if picture is not None:
                 self.log.image(self.step, "samples", "grid", picture)
 
     def _settle(self, allowed: int) -> None:
-        """Reads the metrics of all but the last `allowed` calls; tells of skipped steps and may end the run."""
+        """Reads the metrics of all but the last `allowed` calls, warns of skipped steps and may end the run."""
         while len(self.in_flight) > allowed:
-            step, metrics, index = self.in_flight.popleft()
-            values = {name: _of_first_device(value) for name, value in metrics.items()}
+            last_step, metrics, index = self.in_flight.popleft()
+            # [n]: the metrics [devices, n] are equal on all devices
+            values = {name: np.asarray(value.addressable_data(0)).reshape(-1) for name, value in metrics.items()}
             self.pending.add(values)
             for i, skipped in enumerate(values["skipped"]):
                 self.bad_in_a_row = self.bad_in_a_row + 1 if skipped else 0
                 if skipped:
-                    bad_step = step - len(values["skipped"]) + i + 1
-                    self._tell_of(bad_step, {name: float(v[i]) for name, v in values.items()}, index[i])
+                    step = last_step - len(index) + i + 1
+                    loss, norm = float(values["loss"][i]), float(values["grad_norm"][i])
+                    note = "step %d skipped: loss %s, gradient norm %s; its examples are in metrics.jsonl"
+                    logging.warning(note, step, loss, norm)
+                    self.log.note(step, "skipped", {"loss": loss, "grad_norm": norm, "index": index[i].tolist()})
                 if self.bad_in_a_row >= self.training.max_bad_steps:
                     self._give_up()
 
-    def _tell_of(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
-        logging.warning(
-            "step %d skipped: loss %s, gradient norm %s; its examples are in metrics.jsonl",
-            step,
-            values["loss"],
-            values["grad_norm"],
-        )
-        if self.log is not None:
-            values = {"loss": values["loss"], "grad_norm": values["grad_norm"], "index": index.tolist()}
-            self.log.note(step, "skipped", values)
-
     def _give_up(self) -> None:
         bad, self.bad_in_a_row = self.bad_in_a_row, 0
-        self.in_flight.clear()  # skipped or not, they are in the state; their metrics are lost
+        self.in_flight.clear()  # these steps, skipped or not, are in the state; their metrics are lost
         path = self._save("checkpoints-meta", self.step, keep=2)
         raise UserError(
             f"training.max_bad_steps={bad} steps in a row, before step {self.step}, had a loss or gradient that is not "
@@ -168,15 +198,10 @@ class _Loop:
 
     def _log_train(self, clock: "_Clock") -> None:
         self._settle(0)
-        means = self.pending.means()
-        self._write("train", means)
-        n_iters = self.job.n_iters
+        means, n_iters = self.pending.means(), self.job.n_iters
+        self.log.write(self.step, "train", means)
         speed, left = clock.speed(self.step), clock.left(self.step, n_iters)
         logging.info("step %d/%d  %s  %.3g steps/s  ETA %s", self.step, n_iters, shown(means), speed, left)
-
-    def _write(self, split: str, values: dict[str, float]) -> None:
-        if self.log is not None:
-            self.log.write(self.step, split, values)
 
     def _save(self, folder: str, number: int, keep: int) -> Path:
         self._settle(0)
@@ -184,58 +209,101 @@ class _Loop:
         if not self.is_writer:
             return directory / f"checkpoint_{number}"
         record = {
-            "loader": self.job.loader.get_state(),
+            "loader": self.loader.get_state(),
             "pending": self.pending.values,
             "bad_in_a_row": self.bad_in_a_row,
-            "config": self.job.config.to_dict(),
-            **(self.job.facts or {}),
+            "config": self.job.task.config.to_dict(),
+            **self.job.facts,
         }
         return checkpoints.save(directory, first(self.state), number, record, keep)
 
 
+def _pmapped_steps(job: Job) -> Any:
+    """n steps as a pmap: (state, x [devices, n, B / devices, ...], frozen) -> (state, metrics [devices, n])."""
+    training, optimizer = job.task.config.training, job.task.optimizer
+
+    @functools.partial(jax.pmap, axis_name="batch", donate_argnums=0, devices=all_devices())
+    def steps(state, x, frozen):
+        parts = training.num_microbatches
+        step_fn = losses.get_step_fn(job.loss_fn_of(frozen), optimizer, job.ema_rate, num_microbatches=parts)
+        with jax.default_matmul_precision(training.matmul_precision):
+            return jax.lax.scan(step_fn, state, x)
+
+    return steps
+
+
+def _eval_fn(job: Job) -> Callable[[losses.TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]:
+    """(state) -> the means of the loss terms on the first test examples, and the terms of this host's examples [b].
+
+    The examples are a batch of images or eight batches of points. Examples, times, noise and probes are the same every
+    time, so the curve shows the network and not the draw.
+    """
+    dataset, data_config, config = job.task.dataset, job.data_config, job.task.config
+    size = config.training.batch_size * (1 if dataset.is_image else 8)
+    size = min(size, len(dataset.test)) // jax.device_count() * jax.device_count()
+    if size == 0:
+        raise UserError(
+            f"the test split of {dataset.name} has fewer examples than there are devices, {jax.device_count()}"
+        )
+    index = np.arange(size).reshape(jax.process_count(), -1)[jax.process_index()]
+    dequantize = data_config.uniform_dequantization
+    x = datasets.eval_batch(dataset, data_config, "test", index, seed=config.seed, dequantize=dequantize)
+
+    @functools.partial(jax.pmap, axis_name="batch", devices=all_devices())
+    def terms(params, model_state, x, index, frozen):
+        loss_fn = job.loss_fn_of(frozen, train=False)
+        with jax.default_matmul_precision("float32"):
+            _, values = loss_fn(params, model_state, x, index, jax.random.PRNGKey(config.seed))
+        return jax.lax.pmean(jax.tree.map(jnp.mean, values), "batch"), values
+
+    x, index, frozen = shard(x), shard(index.astype(np.int32)), replicate(job.frozen)
+
+    def evaluate(state):
+        means, values = terms(state.ema_params, state.model_state, x, index, frozen)
+        means = {name: float(value.addressable_data(0)[0]) for name, value in means.items()}
+        return means, {name: on_this_host(value) for name, value in values.items()}
+
+    return evaluate
+
+
 def shown(means: dict[str, float]) -> str:
-    """For the console: the loss, its terms if there are several, the gradient's norm. A term that is off is 0."""
+    """Formats means for the console: the loss, its terms if there are several, the gradient's norm.
+
+    A term that is off is 0 and is left out.
+    """
     terms = [name for name, value in means.items() if value and name not in ("loss", "grad_norm", "skipped")]
     names = ["loss", *(terms if len(terms) > 1 else ()), "grad_norm"]
     return "  ".join(f"{name} {means[name]:.4g}" for name in names)
 
 
 class _Clock:
-    """Of this launch, from its first step on, compiled already."""
+    """Times this launch from its first step on; compilation is over by then."""
 
     def __init__(self, step: int):
-        self._start = self._time = self._saved = time.monotonic()
+        self._start = self._time = self.saved = time.monotonic()
         self._first_step = self._step = step
 
     def speed(self, step: int) -> float:
-        """Steps a second since the last call."""
+        """Steps per second since the last call."""
         now = time.monotonic()
         speed = (step - self._step) / (now - self._time)
         self._time, self._step = now, step
         return speed
 
     def left(self, step: int, n_iters: int) -> datetime.timedelta:
-        """To the last step, at the mean pace of this launch, evaluations and snapshots included."""
+        """The time to the last step at the mean pace of this launch, evaluations and snapshots included."""
         seconds = (time.monotonic() - self._start) / (step - self._first_step)
         return datetime.timedelta(seconds=round((n_iters - step) * seconds))
 
     def minutes_since_save(self) -> float:
-        return (time.monotonic() - self._saved) / 60
-
-    def saved(self) -> None:
-        self._saved = time.monotonic()
-
-
-def _of_first_device(value: jax.Array) -> np.ndarray:
-    """[n], of metrics [devices, n] that are equal on all devices."""
-    return np.asarray(value.addressable_data(0)).reshape(-1)
+        return (time.monotonic() - self.saved) / 60
 
 
 def _grouped(loader: Any, n: int, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """n batches for one call of the step: x [local devices, n, B / devices, ...], example index [n, B].
+    """Yields n batches for one call of the step: x [local devices, n, B / devices, ...], example index [n, B].
 
-    The first call has `first` batches: what a run stopped between multiples of n lacks to the next one, at which all
-    that is due every so many steps falls due.
+    The first call has `first` batches. A run that was stopped between multiples of n so reaches the next multiple;
+    logs, evaluations and checkpoints fall on multiples of n.
     """
     for count in itertools.chain([first], itertools.repeat(n)):
         batches = [next(loader) for _ in range(count)]

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the metrics of a run go beside `metrics.jsonl`: TensorBoard, and Weights & Biases for those who ask for it."""
+"""Trackers, which get the metrics of a run beside `metrics.jsonl`: TensorBoard and, on request, Weights & Biases.
+
+`records.MetricsLog` calls them. It names metrics `split/name` and gives them finite numbers only.
+"""
 
 import importlib
 import io
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,40 +18,8 @@ from tensorboardX import SummaryWriter
 from errors import UserError
 
 
-@runtime_checkable
-class Tracker(Protocol):
-    """What `records.MetricsLog` asks of one; a tag is `split/name`, all numbers are finite."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One number for each tag."""
-        ...
-
-    def image(self, step: int, tag: str, png: bytes) -> None:
-        """A picture, as a PNG."""
-        ...
-
-    def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
-        """Of values [N]."""
-        ...
-
-    def close(self) -> None:
-        """Writes what it still holds."""
-        ...
-
-
-def open_trackers(workdir: Path, step: int, wandb_project: str, config: Mapping[str, Any]) -> list[Tracker]:
-    """TensorBoard and, if a project is named, Weights & Biases, for a run that goes on from `step`.
-
-    UserError if wandb is wanted and not installed, or refuses.
-    """
-    trackers: list[Tracker] = [TensorBoard(workdir, step)]
-    if wandb_project:
-        trackers.append(WeightsAndBiases(workdir, wandb_project, config))
-    return trackers
-
-
 class TensorBoard:
-    """Event files in `workdir/tensorboard`; what an interrupted run logged after `step` is taken back."""
+    """Writes event files to `workdir/tensorboard`; takes back what an interrupted run logged after `step`."""
 
     def __init__(self, workdir: Path, step: int):
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
@@ -68,10 +39,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of a project for each workdir: `workdir/wandb/run_id.txt` names it, so that a resumed run goes on in it.
+    """Logs to one wandb run for each workdir. `workdir/wandb/run_id.txt` names it, so that a resumed run goes on in it.
 
-    A step that an interrupted run had logged already is not logged again: wandb takes no step twice, and says so.
-    WANDB_MODE=offline keeps all of it in `workdir/wandb`, for `wandb sync`.
+    wandb takes no step twice, and says so: what an interrupted run had logged is not logged again.
+    WANDB_MODE=offline keeps all in `workdir/wandb`, for `wandb sync`.
     """
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]):
@@ -83,11 +54,15 @@ class WeightsAndBiases:
                 "pip install wandb, or leave the key empty"
             ) from error
         self._wandb = wandb
+        run_id = workdir / "wandb" / "run_id.txt"
+        if not run_id.exists():
+            run_id.parent.mkdir(parents=True, exist_ok=True)
+            run_id.write_text(secrets.token_hex(8))
         try:
             self._run = wandb.init(
                 project=project,
                 name=workdir.resolve().name,
-                id=_run_id(workdir / "wandb" / "run_id.txt"),
+                id=run_id.read_text().strip(),
                 dir=str(workdir),
                 config=dict(config),
                 resume="allow",
@@ -112,8 +87,15 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def _run_id(path: Path) -> str:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(8))
-    return path.read_text().strip()
+Tracker = TensorBoard | WeightsAndBiases
+
+
+def open_trackers(workdir: Path, step: int, wandb_project: str, config: Mapping[str, Any]) -> list[Tracker]:
+    """TensorBoard and, if a project is named, Weights & Biases, for a run that goes on from `step`.
+
+    Raises UserError if wandb is wanted and not installed, or refuses.
+    """
+    trackers: list[Tracker] = [TensorBoard(workdir, step)]
+    if wandb_project:
+        trackers.append(WeightsAndBiases(workdir, wandb_project, config))
+    return trackers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `python main.py --help` prints; it imports nothing, so that the answer is there at once."""
+"""The text of `python main.py --help`. This module imports nothing slow, so that the answer comes at once."""
 
 import ast
 import textwrap
@@ -21,33 +21,28 @@ EXAMPLES = (
 
 
 def help_text(flags: Mapping[str, str], root: Path) -> str:
-    """flags: name -> what it does, default included; root: the folder that holds `configs/` and `README.md`."""
+    """The text, from the flags (name -> what it does, default included) and the folder `root` that holds `configs/`."""
+    configs = {}
+    for path in sorted(root.glob("configs/*/*.py")):
+        if path.name != "__init__.py":
+            docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+            configs[str(path.relative_to(root))] = docstring.partition("\n")[0]
     parts = [
         "Trains and evaluates score-based diffusion ODEs by denoising score matching of order 1, 2 or 3.",
         "usage: python main.py --config FILE --workdir FOLDER --mode MODE [--config.SECTION.KEY=VALUE ...]",
         "modes\n" + _table(MODES),
         "flags\n" + _table({f"--{name}": what for name, what in flags.items()}),
         "examples\n" + "\n".join(f"  {example}" for example in EXAMPLES),
-        "config files\n" + _table(config_files(root)),
+        "config files\n" + _table(configs),
         "configs/default_configs.py has every key and its default; another key is refused. More: README.md, --helpfull",
     ]
     return "\n\n".join(parts)
 
 
-def config_files(root: Path) -> dict[str, str]:
-    """Path under `root` -> first line of its docstring, of every config that `--config` can name."""
-    found = {}
-    for path in sorted(root.glob("configs/*/*.py")):
-        if path.name != "__init__.py":
-            docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-            found[str(path.relative_to(root))] = docstring.partition("\n")[0]
-    return found
-
-
 def _table(rows: Mapping[str, str]) -> str:
-    width = max(map(len, rows), default=0) + 4
+    width = max(map(len, rows)) + 4
     lines = []
     for name, what in rows.items():
-        first, *others = textwrap.wrap(what, max(WIDTH - width, 40)) or [""]
+        first, *others = textwrap.wrap(what, WIDTH - width) or [""]
         lines += [f"  {name}".ljust(width) + first, *(" " * width + line for line in others)]
     return "\n".join(lines)

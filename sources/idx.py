@@ -31,10 +31,7 @@ def read(path: Path) -> UInt8[np.ndarray, "N H W"]:
                 raise UserError(
                     f"{path} has {expected} bytes of images by its header, above {MAX_BYTES}; fetch it again"
                 )
-            data = bytearray()
-            # to one byte more, which also has gzip check the sum at the end
-            while chunk := file.read(min(2**20, expected + 1 - len(data))):
-                data += chunk
+            data = file.read(expected + 1)  # at the byte too many gzip checks its sum
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}); fetch it again") from error
     if len(data) > expected:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a server answers, found out within seconds. A download without a network would try for minutes."""
+"""Finds out within seconds whether a server answers. A download without a network would try for minutes."""
 
 import ssl
 import subprocess
@@ -11,9 +11,9 @@ SECONDS = 5.0
 
 
 def why_unreachable(url: str) -> str:
-    """Asks the server of `url`, or the proxy of the environment. Returns '' if there is any answer, else the reason.
+    """Asks the server of `url`, or the environment's proxy. Returns '' if there is any answer, else the reason.
 
-    A process of its own asks, and is ended after `SECONDS`: the look-up of a name has no time-out, and a thread that
+    A process of its own asks and is ended after `SECONDS`. The look-up of a name has no time-out, and a thread that
     waits for it would outlive this call.
     """
     try:
@@ -23,16 +23,11 @@ def why_unreachable(url: str) -> str:
     return "" if done.returncode == 0 else (done.stderr.splitlines() or ["the probe failed"])[-1]
 
 
-def _ask(url: str) -> None:
-    """Ends the process with the reason if there is no answer. What an answer is worth the download will tell."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD")).close()
-    except urllib.error.HTTPError:
-        return
-    except OSError as error:
-        if not isinstance(getattr(error, "reason", None), ssl.SSLError):
-            sys.exit(str(error))
-
-
 if __name__ == "__main__":
-    _ask(sys.argv[1])
+    try:
+        urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="HEAD")).close()
+    except OSError as error:  # an HTTP status or a failed handshake is an answer
+        is_answer = isinstance(error, urllib.error.HTTPError) or isinstance(
+            getattr(error, "reason", None), ssl.SSLError
+        )
+        sys.exit(None if is_answer else str(error))

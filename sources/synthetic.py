@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Points made from random numbers: the toy experiments of Lu et al. 2022 (this method). A new set is one function here
-and its line in the registry of `datasets`."""
+"""Points made from random numbers, for the toy experiments of Lu et al. 2022. A new set is one function here and a line
+in the registry of `datasets`."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _MOG_WEIGHTS = np.array([0.3, 0.3, 0.4])
 
 
 class Points(NamedTuple):
-    """transform: float64 [B, n_uniforms], uniform in (0, 1), -> [B, dim]. The rest, where known: as in `Dataset`."""
+    """transform: float64 [B, n_uniforms], uniform in (0, 1), -> [B, dim]. The fields with defaults are `Dataset`'s."""
 
     dim: int
     n_uniforms: int
@@ -31,7 +31,7 @@ class Points(NamedTuple):
 def mog(config: Any) -> Points:
     """Three Gaussians in `data.dim` dimensions: p(x) = sum_k w_k prod_d N(x_d; mu_k, var_k).
 
-    As in the public code, all coordinates of an example share its component. Entropy by quadrature, for dim 1 only.
+    As in the public code, all coordinates of an example share its component. The entropy is known for dim 1 only.
     """
     if config.dim < 1:
         raise UserError(f"data.dim={config.dim} must be at least 1")
@@ -47,7 +47,7 @@ def mog(config: Any) -> Points:
 
     entropy = None
     if config.dim == 1:
-        # The integrand and all its derivatives vanish at both ends, where the trapezoid rule converges exponentially.
+        # The integrand and its derivatives vanish at both ends, so the trapezoid rule converges exponentially.
         grid = np.linspace(-3, 3, 20_001)
         logp = log_prob(grid[:, None])
         entropy = float(-np.sum(np.exp(logp) * logp) * (grid[1] - grid[0]))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random access to what tensorflow-datasets prepared as array records."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from sources import reach
 def builder(dataset: str, name: str, data_dir: str, host: str) -> Any:
     """The builder of the newest version of `name` in data_dir, $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
-    If there is none it is downloaded, where `host` can be reached. UserError, within seconds, says what to put where.
+    If there is none, tensorflow-datasets downloads it from `host`. If that cannot be reached, a UserError says within
+    seconds what to put where.
     """
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     versions = [path.parent for path in (root / name).glob("*.*.*/dataset_info.json")]
@@ -30,7 +32,7 @@ def builder(dataset: str, name: str, data_dir: str, host: str) -> Any:
 def read_split(builder: Any, split: str, size: int, fit: Callable) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
     """The number of images of a split, and the function index [B] -> uint8 [B, size, size, 3] that reads them.
 
-    An image is decoded when it is first asked for, and kept if all of them take 1 GiB at most.
+    An image is decoded when it is asked for, and then kept if the whole split takes 1 GiB at most.
     fit: uint8 [H, W, 3] -> [size, size, 3].
     """
     info, folder = builder.info, builder.data_dir
@@ -53,7 +55,10 @@ def read_split(builder: Any, split: str, size: int, fit: Callable) -> tuple[int,
         images = [fit(example["image"]) for example in records.__getitems__(index.tolist())]
         return np.array(images, np.uint8).reshape(-1, size, size, 3)
 
-    kept, is_kept = np.empty((len(records), size, size, 3), np.uint8), np.zeros(len(records), bool)
+    shape = (len(records), size, size, 3)
+    if math.prod(shape) > 2**30:
+        return len(records), decode
+    kept, is_kept = np.empty(shape, np.uint8), np.zeros(len(records), bool)
 
     def take(index: np.ndarray) -> np.ndarray:
         new = np.unique(index[~is_kept[index]])
@@ -61,11 +66,11 @@ def read_split(builder: Any, split: str, size: int, fit: Callable) -> tuple[int,
         is_kept[new] = True
         return kept[index]
 
-    return len(records), take if kept.nbytes <= 2**30 else decode
+    return len(records), take
 
 
 def _download(dataset: str, name: str, root: Path, host: str) -> Path:
-    """Has tensorflow-datasets prepare `name`, after a short probe: without network it would try for minutes."""
+    """Has tensorflow-datasets prepare `name`. A short probe goes first: without a network it would try for minutes."""
     why = reach.why_unreachable(f"https://{host}/")
     reason = f"{host} cannot be reached to download it ({why})"
     if not why:

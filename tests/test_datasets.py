@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from test_reach import silent_server
 import datasets
 from configs.default_configs import get_default_configs
 from errors import UserError
-from sources import reach
+from sources import reach, splitmix, tfds
 
 
 def load(config) -> Any:
@@ -57,25 +58,25 @@ def evaluate(config, split="test", batch_size=64, seed=7, **options):
 
 def test_mix_is_splitmix64():
     # The first outputs of the public-domain C code of Vigna (splitmix64.c) from state 0.
-    first = datasets._mix(np.arange(1, 4, dtype=np.uint64) * datasets._GOLDEN_GAMMA)
+    first = splitmix.mix(np.arange(1, 4, dtype=np.uint64) * splitmix.GOLDEN_GAMMA)
     assert [hex(int(z)) for z in first] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
 
 
 def test_random_bits_are_unrelated_across_every_argument():
     index = np.arange(2000)
-    base = datasets._random_bits(1, 2, index, 3, 4)
+    base = splitmix.random_bits(1, 2, index, 3, 4)
     others = [
-        datasets._random_bits(2, 1, index, 3, 4),
-        datasets._random_bits(1, 3, index, 2, 4),
-        datasets._random_bits(1, 2, index, 4, 4),
-        datasets._random_bits(1, 2, index + 1, 3, 4),
+        splitmix.random_bits(2, 1, index, 3, 4),
+        splitmix.random_bits(1, 3, index, 2, 4),
+        splitmix.random_bits(1, 2, index, 4, 4),
+        splitmix.random_bits(1, 2, index + 1, 3, 4),
         np.roll(base, 1, axis=1),
     ]
     for other in others:
         agreeing = np.unpackbits((base ^ other).view(np.uint8)).mean()
         assert abs(agreeing - 0.5) < 5 * 0.5 / math.sqrt(base.size * 64)
     assert len(np.unique(np.concatenate([base, *others[:3]]))) == 4 * base.size
-    assert np.array_equal(datasets._random_bits(1, -1, index, 0, 1), datasets._random_bits(1, 2**64 - 1, index, 0, 1))
+    assert np.array_equal(splitmix.random_bits(1, -1, index, 0, 1), splitmix.random_bits(1, 2**64 - 1, index, 0, 1))
 
 
 # Synthetic data
@@ -601,3 +602,23 @@ def test_gray_images_for_a_colour_network():
     for channel in range(3):
         np.testing.assert_array_equal(colour.train[np.arange(4)][..., channel], gray.train[np.arange(4)][..., 0])
     assert colour.test[5].shape == (8, 8, 3)
+
+
+def test_a_split_that_is_not_kept_takes_no_memory(tmp_path):
+    """2^40 images of 256x256, more than any machine has room for."""
+    image = np.arange(256 * 256 * 3, dtype=np.int64).astype(np.uint8).reshape(256, 256, 3)
+
+    class Records:
+        def __len__(self):
+            return 2**40
+
+        def __getitem__(self, key):
+            return {"image": image}
+
+        def __getitems__(self, keys):
+            return [self[key] for key in keys]
+
+    info = SimpleNamespace(splits={"train": SimpleNamespace(filepaths=[])})
+    builder = SimpleNamespace(info=info, data_dir=tmp_path, as_data_source=lambda split: Records())
+    count, read = tfds.read_split(builder, "train", 256, lambda image: image)
+    assert count == 2**40 and np.array_equal(read(np.array([5, 2**39])), [image, image])

@@ -159,7 +159,7 @@ def test_bound_from_its_draws():
     prior_noise, offset_noise, noise, time_u = (
         np.asarray(jnp.stack(part), np.float64) for part in zip(*drawn, strict=True)
     )
-    times = jit(lambda u: sde.importance_weighted_time(u, EPS))(jnp.asarray(time_u, jnp.float32))
+    times = jit(lambda u: sde.time(u, EPS, importance=True))(jnp.asarray(time_u, jnp.float32))
     x = np.asarray(x, np.float64)
     flat = np.concatenate([np.ravel(part) for part in (prior_noise, offset_noise, noise)])
     assert len(np.unique(flat)) == len(flat)  # nothing is drawn twice

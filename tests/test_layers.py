@@ -12,7 +12,7 @@ from golden_utils import load_golden, load_params, relative_error
 
 from errors import UserError
 from models import layers, layerspp, up_or_down_sampling
-from models.normalization import group_norm
+from models.layers import group_norm
 
 RESAMPLE, BLOCKS, EMBEDDINGS = map(load_golden, ("layers_resample.npz", "layers_blocks.npz", "embeddings.npz"))
 RESAMPLED = [key for key in RESAMPLE if "/" in key and not key.startswith("upfirdn")]
@@ -89,7 +89,7 @@ def test_blocks_as_recorded(case):
 
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
 def test_activations_as_recorded(name):
-    assert relative_error(layers.get_activation(name)(jnp.array(BLOCKS["x"])), BLOCKS[f"act_{name}"]) < 1e-6
+    assert relative_error(layers.ACTIVATIONS[name](jnp.array(BLOCKS["x"])), BLOCKS[f"act_{name}"]) < 1e-6
 
 
 @pytest.mark.parametrize("dim", [8, 17, 128])

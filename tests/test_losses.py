@@ -293,7 +293,7 @@ def test_likelihood_weighting_and_importance_weighting_agree(sde):
     uniform = eps * (sde.T / eps) ** u  # a geometric grid, with its density, integrates the peak at 0
     weight = weighting(likelihood_weighting=True)(sde, uniform)
     by_uniform = jnp.mean(first(uniform) * weight * uniform * np.log(sde.T / eps))
-    t = sde.importance_weighted_time(u, eps)
+    t = sde.time(u, eps, importance=True)
     start, end = sde.log_snr_range(eps, jnp.float64)
     by_importance = (start - end) * jnp.mean(first(t))
     np.testing.assert_allclose(by_uniform, by_importance, rtol=1e-6)

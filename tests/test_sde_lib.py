@@ -121,7 +121,8 @@ def test_time_at_log_snr_inverts_log_snr(name):
 @pytest.mark.parametrize("name", CASES)
 def test_importance_weighted_times_are_uniform_in_log_snr(name):
     sde, eps = CASES[name][0], 1e-4
-    t = np.asarray(sde.sample_importance_weighted_time(jax.random.PRNGKey(0), (20_000,), eps), np.float64)
+    u = jax.random.uniform(jax.random.PRNGKey(0), (20_000,))
+    t = np.asarray(sde.time(u, eps, importance=True), np.float64)
     assert t.min() >= eps * (1 - 1e-6) and t.max() <= 1
     # the density g^2 / sigma^2 integrated by hand over bins, against the counts
     edges = np.geomspace(eps, 1, 12)
@@ -191,7 +192,7 @@ def test_importance_quantiles_of_the_public_code(name, eps):
     np.testing.assert_allclose(float(start - end), z, rtol=1e-3 if eps < 1e-2 else 1e-5)
     u = jnp.asarray(golden[f"{prefix}/rng5_quantile"] / z)
     # the public code's series near t = 0 shifts log-SNR by up to 1e-3, and t with it
-    np.testing.assert_allclose(sde.importance_weighted_time(u, eps), golden[f"{prefix}/rng5_t"], rtol=2e-3)
+    np.testing.assert_allclose(sde.time(u, eps, importance=True), golden[f"{prefix}/rng5_t"], rtol=2e-3)
 
 
 def test_discretisation_in_float64():

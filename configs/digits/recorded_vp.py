@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network of the recorded public checkpoint tests/golden/ckpt_vp/checkpoint_3, on the digits as colour images."""
+"""The digits as colour images, for the network of the recorded public checkpoint tests/golden/ckpt_vp/checkpoint_3."""
 
 from configs.digits import vp_ddpmpp
 

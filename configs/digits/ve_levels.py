@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As `ve_ncsnpp.py`, trained on the 8-bit levels as they are: what a variational dequantiser can gain on."""
+"""`ve_ncsnpp.py`, trained on the undequantised levels, so that a variational dequantiser has something to gain."""
 
 from configs.digits import ve_ncsnpp
 

@@ -8,5 +8,5 @@ def get_config():
     config = get_digits_configs()
     config.training.sde = "vesde"
     config.model.update(sigma_min=0.005, sigma_max=4.0)
-    config.sampling.method = "pc"  # 9 in 10 of the ODE's samples look like digits after so short a training
+    config.sampling.method = "pc"  # after so short a training only 9 in 10 of the ODE's samples look like digits
     return config

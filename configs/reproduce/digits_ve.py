@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""8x8 digits, VE, NCSN++: the first-order model that each order goes on from."""
+"""8x8 digits, VE, NCSN++: the first-order model from which each order continues."""
 
 from configs.default_reproduce_configs import images
 from configs.digits import ve_ncsnpp

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fashion-MNIST at 16x16, VE, the digits' network: the first-order model that each order goes on from."""
+"""Fashion-MNIST at 16x16, VE, the digits' network: the first-order model from which each order continues."""
 
 from configs.reproduce import digits_ve
 

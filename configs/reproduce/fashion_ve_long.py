@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fashion-MNIST at 16x16, VE: a first-order model of five times the steps, evaluated on more images; hours on a CPU."""
+"""Fashion-MNIST at 16x16, VE: five times the steps and more test images; hours on a CPU."""
 
 from configs.default_reproduce_configs import images
 from configs.reproduce import fashion_ve

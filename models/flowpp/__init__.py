@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variational dequantisation by Flow++ (Ho et al. 2019, arXiv 1902.00275), by the name in `config.deq.network`.
+"""The Flow++ networks of variational dequantisation (Ho et al. 2019, arXiv 1902.00275), by `config.deq.network`.
 
 A new size is one line in NETWORKS.
 """
 
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from models import fresh_variables
 from models.flowpp.dequantizer import Dequantizer
 
-# Sizes and layouts of the public code, but for `small`, which is for images of 8x8 and one channel. The public
-# imagenet64 gives every block's last layer the same name, which flax refuses, so no checkpoint of it exists; here the
-# layer has the name that it has in the other two.
+# Sizes and layouts are those of the public code; `small` is ours, for images of 8x8 and one channel. The public
+# imagenet64 gives the last layer of every block the same name. Flax refuses that, so no checkpoint of it exists; here
+# the layer has the name that it has in the other two.
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar10": dict(
         filters=96, components=32, blocks=2, heads=4, steps=4, pointwise=True, deep=False, attention=True,
@@ -35,23 +35,16 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def create_dequantizer(network: str, dropout: float = 0.0) -> Dequantizer:
-    """The dequantiser called `network`, a key of NETWORKS, for images of any even width."""
+    """Makes the dequantiser called `network`, a key of NETWORKS, for images of any even width."""
     return Dequantizer(**NETWORKS[network], dropout=dropout)
 
 
 def init_params(
     model: Dequantizer, key: PRNGKeyArray, image: Float[Array, "B H W C"], u: Float[Array, "B H W C"]
 ) -> dict[str, Any]:
-    """Fresh parameters, made from a batch of images in [0, 1] and standard normal u, so that every layer's outputs on
-    these have mean 0 and a known spread (see `layers`).
+    """Fresh parameters for which every layer's outputs on this batch have mean 0 and a known spread (see `layers`).
 
-    More images are better; one is enough to be finite. The result depends on every image given, so all devices and all
-    starts need the same.
+    The batch is images in [0, 1] and standard normal u. More images are better; one is enough to be finite. The result
+    depends on every image, so all devices and all starts need the same.
     """
-    # Optimising a program that runs once would take longer than it saves (see `models.init_params`).
-    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    # inside another jit or eval_shape, which has its own options
-    if any(isinstance(x, jax.core.Tracer) for x in (key, image, u)):
-        init = model.init
-    variables: Any = init({"params": key}, u, image)
-    return variables["params"]
+    return fresh_variables(model, key, u, image)["params"]

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The variational dequantiser of Flow++ (Ho et al. 2019, arXiv 1902.00275, section 3.1): a flow from Gaussian noise to
-the noise that fills the gaps between the 256 levels of an image, conditioned on the image.
+"""The variational dequantiser of Flow++ (Ho et al. 2019, arXiv 1902.00275, section 3.1).
 
-Parameter paths and shapes are those of the public code, so the modules are named after its classes.
+It is a flow from Gaussian noise to the noise that fills the gaps between the 256 levels of an image, conditioned on the
+image. Parameter paths and shapes are those of the public code, so the modules are named after its classes.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
 from errors import UserError
@@ -34,32 +34,15 @@ def split_columns(x: Image) -> Halves:
     return x[:, :, 0::2], x[:, :, 1::2]
 
 
-def merge_columns(halves: Halves) -> Image:
-    """The inverse of `split_columns`."""
-    batch, height, width, channels = halves[0].shape
-    return jnp.stack(halves, axis=3).reshape(batch, height, 2 * width, channels)
-
-
-def swap(halves: Halves, inverse: bool = False) -> tuple[Halves, LogDet]:
-    """The halves in each other's place."""
-    first, second = halves
-    return (second, first), jnp.zeros(())
-
-
 def _sum(x: Array) -> Float[Array, "B"]:
     return jnp.sum(x, axis=(1, 2, 3))
 
 
-def standard_normal_logp(u: Image) -> Float[Array, "B"]:
-    """log N(u; 0, I) in nats."""
-    return _sum(-0.5 * jnp.square(u) - 0.5 * math.log(2 * math.pi))
-
-
 class Norm(nn.Module):
-    """A scale and a shift for each element of both halves.
+    """Scales and shifts each element of both halves.
 
-    They start such that each channel has mean 0 and variance 1 over the batch and all pixels. (The public code takes
-    every element's own variance over the batch alone; of few images some are near 0 there, and the flow overflows.)
+    At the start each channel has mean 0 and variance 1 over the batch and all pixels. (The public code takes the
+    variance of each element over the batch alone. For few images some variances are near 0, and the flow overflows.)
     """
 
     @nn.compact
@@ -68,7 +51,7 @@ class Norm(nn.Module):
         for i, x in enumerate(halves):
             mean, std = jnp.mean(x, axis=(0, 1, 2)), jnp.maximum(jnp.std(x, axis=(0, 1, 2)), 1e-3)
             shape = x.shape[1:]
-            # values are bound now: flax may call an initialiser after the loop has moved on
+            # The values are bound now because flax may call an initialiser after the loop has moved on.
             scale = self.param(f"norm{i}_g", lambda _, std=std, shape=shape: jnp.broadcast_to(1 / std, shape))
             shift = self.param(f"norm{i}_b", lambda _, b=-mean / std, shape=shape: jnp.broadcast_to(b, shape))
             scale = jnp.maximum(scale, 1e-7)
@@ -84,21 +67,18 @@ class Pointwise(nn.Module):
     def __call__(self, halves: Halves, inverse: bool = False) -> tuple[Halves, LogDet]:
         outputs, log_det = [], jnp.zeros(())
         for i, x in enumerate(halves):
-            _, height, width, channels = x.shape
-
-            def init(key, channels=channels):
-                return jnp.eye(channels) + 0.001 * jax.random.normal(key, (channels, channels))
-
-            weight = self.param(f"W{i}", init)
+            size = (x.shape[-1], x.shape[-1])
+            weight = self.param(f"W{i}", lambda key, size=size: jnp.eye(*size) + 0.001 * jax.random.normal(key, size))
             outputs.append(x @ (jnp.linalg.inv(weight) if inverse else weight))
-            log_det += height * width * jnp.linalg.slogdet(weight)[1]
+            log_det += x[0, ..., 0].size * jnp.linalg.slogdet(weight)[1]
         return tuple(outputs), -log_det if inverse else log_det
 
 
 class Coupling(nn.Module):
-    """Maps the second half, y = exp(s) logit F(x) + t, by numbers that a network computes from the first half.
+    """Maps the second half by y = exp(s) logit F(x) + t and exchanges the halves.
 
-    F is the distribution function of a mixture of logistics (arXiv 1902.00275, section 3.2). Fields: see `Dequantizer`.
+    A network computes s, t and F from the first half. F is the distribution function of a mixture of logistics (arXiv
+    1902.00275, section 3.2). Fields: see `Dequantizer`.
     """
 
     filters: int
@@ -113,7 +93,7 @@ class Coupling(nn.Module):
     def __call__(
         self, context: Float[Array, "B H W2 E"], halves: Halves, inverse: bool = False
     ) -> tuple[Halves, LogDet]:
-        fixed, x = halves
+        fixed, x = reversed(halves) if inverse else halves
         numbers = self._network(fixed, context).reshape(*fixed.shape, 2 + 3 * self.components)
         s, t = jnp.tanh(numbers[..., 0]), numbers[..., 1]
         logits, means, logscales = jnp.split(numbers[..., 2:], 3, axis=-1)
@@ -122,12 +102,12 @@ class Coupling(nn.Module):
             x = inverse_mixture_logit((x - t) * jnp.exp(-s), mixture)
             return (fixed, x), -_sum(mixture_logit(x, mixture)[1] + s)
         y, log_slope = mixture_logit(x, mixture)
-        return (fixed, jnp.exp(s) * y + t), _sum(log_slope + s)
+        return (jnp.exp(s) * y + t, fixed), _sum(log_slope + s)
 
     def _network(self, x: Half, context: Array) -> Array:
         """[B, H, W2, C] -> [B, H, W2, C (2 + 3 components)]."""
         outputs = x.shape[-1] * (2 + 3 * self.components)
-        # part of every checkpoint, also where no attention reads it
+        # It is part of every checkpoint, also if no attention reads it.
         position = self.param("pos_emb", jax.nn.initializers.normal(POSITION_STD), (*x.shape[1:3], self.filters))
         first, last = ("c1", "c2") if self.deep else ("proj_in", "proj_out")
         h = conv(self, first, x, self.filters, weight_norm=self.weight_norm)
@@ -138,12 +118,12 @@ class Coupling(nn.Module):
                 h = gated_attention(self, f"block{i}_attn", h, position, self.heads)
                 h = layer_norm(self, f"block{i}_ln2", h)
         h = concat_elu(h) if self.deep else h
-        # the public name has the last block's number in it
+        # The public name contains the number of the last block.
         return conv(self, f"block{self.blocks - 1}_{last}", h, outputs, 0.1, self.weight_norm)
 
 
 class Context(nn.Module):
-    """What the couplings see of the image: features [B, H, W / 2, filters]. Fields: see `Dequantizer`."""
+    """Features [B, H, W / 2, filters] of the image, for the couplings. Fields: see `Dequantizer`."""
 
     filters: int
     blocks: int
@@ -172,20 +152,20 @@ class Context(nn.Module):
 class Dequantizer(nn.Module):
     """noise = f(u; image), invertible in u, from Gaussian u to noise in (0, 1); all [B, H, W, C], image in [0, 1].
 
-    f splits the columns of u in two halves, applies `steps` times Norm, Pointwise and Coupling, the halves changing
-    places after each, and ends in a sigmoid. It gives the density of the noise, in nats [B]:
+    f splits the columns of u in two halves. `steps` times it applies Norm, Pointwise and Coupling and exchanges the
+    halves. It ends in a sigmoid. The density of the noise, in nats [B], is
     log q(noise | image) = log N(u; 0, I) - log |det d noise / d u|. (The public code returns its negative.)
 
     Attributes:
-        filters: channels of a coupling's network. components: logistics a mixture. blocks: residual blocks.
-        heads: of the couplings' attention.
+        filters, blocks, heads: channels, residual blocks and attention heads of a coupling's network.
+        components: number of logistics in a mixture.
         pointwise: whether there are Pointwise layers.
-        deep: the layout of the ImageNet networks: layer norms in the context network, one more nonlinearity in the
-            couplings' and other parameter names.
-        attention: in the couplings, and if `deep` in the context network.
-        weight_norm: of the convolutions.
-        context_filters, context_blocks: of the network that sees the image.
-        dropout: rate in that network, where there are dropout keys.
+        deep: selects the layout of the ImageNet networks, with layer norms in the context network, one more
+            nonlinearity in the couplings' network and other parameter names.
+        attention: whether the couplings and, if `deep`, the context network have attention.
+        weight_norm: whether the convolutions have weight normalisation.
+        context_filters, context_blocks: channels and residual blocks of the network that takes the image.
+        dropout: rate in that network, if there are dropout keys.
 
     Raises UserError for an odd number of columns and for filters that the heads do not divide.
     """
@@ -209,17 +189,17 @@ class Dequantizer(nn.Module):
         super().__post_init__()
 
     def __call__(self, u: Image, image: Image, dropout_keys: Keys | None = None) -> tuple[Image, Float[Array, "B"]]:
-        """u -> noise and log q(noise | image) [B] in nats. Dropout is on if there are keys for it, one an example."""
+        """u -> noise and log q(noise | image) [B] in nats. Keys, one for each example, switch dropout on."""
         h, log_det = self._flow(u, image, inverse=False, dropout_keys=dropout_keys)
         log_det += _sum(jax.nn.log_sigmoid(h) + jax.nn.log_sigmoid(-h))
-        return jax.nn.sigmoid(h), standard_normal_logp(u) - log_det
+        return jax.nn.sigmoid(h), _sum(norm.logpdf(u)) - log_det
 
     def inverse(self, noise: Image, image: Image) -> tuple[Image, Float[Array, "B"]]:
         """noise in (0, 1) -> u and log q(noise | image) [B] in nats."""
         h = jnp.log(noise) - jnp.log1p(-noise)
         u, log_det = self._flow(h, image, inverse=True)
         log_det -= _sum(jnp.log(noise) + jnp.log1p(-noise))
-        return u, standard_normal_logp(u) + log_det
+        return u, _sum(norm.logpdf(u)) + log_det
 
     @nn.compact
     def _flow(self, x: Image, image: Image, inverse: bool, dropout_keys: Keys | None = None) -> tuple[Image, LogDet]:
@@ -241,9 +221,9 @@ class Dequantizer(nn.Module):
                 maps.append(Pointwise(name=f"Pointwise_{i}"))
             sizes = self.filters, self.components, self.blocks, self.heads
             coupling = Coupling(*sizes, name=f"{coupling_name}_{i}", **layout)
-            maps += [functools.partial(coupling, context), swap]
+            maps.append(functools.partial(coupling, context))
         halves, log_det = split_columns(x), jnp.zeros(())
         for apply in reversed(maps) if inverse else maps:
             halves, change = apply(halves, inverse)
             log_det += change
-        return merge_columns(halves), log_det
+        return jnp.stack(halves, axis=3).reshape(x.shape), log_det

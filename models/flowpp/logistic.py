@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of logistic distributions as an invertible, elementwise map of the real line onto itself."""
+"""Mixtures of logistic distributions as an invertible map of the real line onto itself."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from jaxtyping import Array, Float
 
 Values = Float[Array, "*shape"]
 
-# A bracket in float32 has about 24 bits left to halve once it is as wide as its ends are large.
+# A bracket in float32 that is as wide as its ends are large has about 24 bits left to halve.
 HALVINGS = 40
 
 
 class Mixture(NamedTuple):
-    """K logistic distributions for each element: unnormalised log weights, means and log scales."""
+    """Unnormalised log weights, means and log scales of K logistic distributions for each element."""
 
     logits: Float[Array, "*shape K"]
     means: Float[Array, "*shape K"]
@@ -24,9 +24,9 @@ class Mixture(NamedTuple):
 def mixture_logit(x: Values, mixture: Mixture) -> tuple[Values, Values]:
     """y = logit F(x) and log dy/dx, elementwise, for F = sum_k w_k sigmoid((x - mean_k) / scale_k).
 
-    dy/dx = F'(x) / (F(x) (1 - F(x))). F and 1 - F are each a sum of positive terms, taken in logarithms, so that
-    neither end is cut off (Flow++, arXiv 1902.00275, section 3.2; the public code computes 1 - F from F and stops at
-    1e-7, where map and density no longer agree).
+    dy/dx = F'(x) / (F(x) (1 - F(x))). F and 1 - F are each a sum of positive terms, computed in logarithms, so neither
+    end is cut off (Flow++, arXiv 1902.00275, section 3.2). The public code computes 1 - F from F and stops at 1e-7,
+    where map and density no longer agree.
     """
     z = (x[..., None] - mixture.means) * jnp.exp(-mixture.logscales)
     log_weights = jax.nn.log_softmax(mixture.logits)
@@ -38,9 +38,9 @@ def mixture_logit(x: Values, mixture: Mixture) -> tuple[Values, Values]:
 
 
 def inverse_mixture_logit(y: Values, mixture: Mixture) -> Values:
-    """The x with logit F(x) = y, elementwise (see `mixture_logit`): bisection, then a Newton step.
+    """The x with logit F(x) = y, elementwise (see `mixture_logit`), by bisection and a Newton step.
 
-    Component k alone reaches y at mean_k + scale_k y; the mixture does between the least and the greatest of these.
+    Component k alone reaches y at mean_k + scale_k y. The mixture reaches y between the least and greatest of these.
     """
     own = mixture.means + jnp.exp(mixture.logscales) * y[..., None]
 
