@@ -22,7 +22,7 @@ from evaluators import EVALUATORS
 from evaluators.context import Context
 from evaluators.dequantized import uniform, variational
 from evaluators.inception import load_features
-from evaluators.snapshots import sample_saver
+from evaluators.samples import sample_saver
 from evaluators.units import code_digest
 from models.flowpp import create_dequantizer
 from runtime import hosts, launch, loop

@@ -8,7 +8,7 @@ restart does not repeat and that several hosts share.
 
 from collections.abc import Callable
 
-from evaluators import bound, fisher, likelihood, loss, samples
+from evaluators import fisher, likelihood, loss, samples
 from evaluators.context import Evaluator
 from evaluators.dequantized import Dequantizer
 from task import Task
@@ -17,7 +17,7 @@ from task import Task
 EVALUATORS: dict[str, Callable[[Task, Dequantizer], Evaluator]] = {
     "enable_loss": loss.evaluator,
     "enable_bpd": likelihood.evaluator,
-    "bound": bound.evaluator,
+    "bound": likelihood.bound_evaluator,
     "enable_sampling": samples.evaluator,
     "enable_fisher": fisher.evaluator,
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`eval.enable_bpd`: the ODE's likelihood of a split, in bits/dim for images and nats for points."""
+"""`eval.enable_bpd`, `eval.bound`: likelihoods of a split by ODE and SDE, in bits/dim of images and nats of points."""
 
 import functools
 import math
@@ -13,8 +13,8 @@ from absl import logging
 
 import evaluation
 import likelihood
-from evaluators import fokker_planck, quadrature
 from evaluators.context import Context, Evaluator, fold_in_each, per_example, round_up, settings_of, split, split_name
+from evaluators.density import density_grid, quadrature_nll, reverse_sde_log_density
 from evaluators.dequantized import Dequantizer
 from task import Task
 
@@ -22,6 +22,8 @@ _SETTINGS = {  # the keys that a result depends on, by eval.ode_solver
     "rk45": ("hutchinson_type", "num_probes", "rtol", "atol", "max_steps"),
     "adams": ("hutchinson_type", "num_probes", "ode_solver", "ode_steps", "ode_data_std"),
 }
+_BOUND_SETTINGS = ("dsm", "offset", "bound_importance_weighting", "bound_num_times", "hutchinson_type")
+_BOUND_KEY = 1  # apart from the probes of the ODE's likelihood
 
 
 def log_likelihood(task: Task, size: int):
@@ -118,10 +120,51 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     return evaluate
 
 
+def bound_evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
+    """`eval.bound`: the variational bound on the likelihood of the reverse SDE, on the same data."""
+    config, is_image = task.config.eval, task.dataset.is_image
+    split_of, name = split_name(config), result_name("bound", config)
+    repeats = config.num_repeats if split_of == "test" else 1
+    examples = split(task, split_of, limit=config.num_examples, repeats=repeats)
+    settings = {**settings_of(config, *_BOUND_SETTINGS), **dequantizer.settings}
+    seed = jax.random.fold_in(jax.random.PRNGKey(task.config.seed), _BOUND_KEY)
+
+    def bound_of(params, model_state, x, index, repeat):
+        return likelihood.likelihood_bound(
+            task.sde,
+            task.score_fn(params, model_state),
+            x,
+            fold_in_each(seed, repeat, index),
+            eps=task.config.training.smallest_time,
+            num_time_samples=config.bound_num_times,
+            importance_weighting=config.bound_importance_weighting,
+            denoising=config.dsm,
+            offset=config.offset,
+            hutchinson_type=config.hutchinson_type,
+        )
+
+    bound_fn = per_example(bound_of, examples.size)
+
+    def evaluate(context: Context) -> dict[str, Any]:
+        def unit(k: int) -> dict[str, np.ndarray]:
+            repeat, x, index, log_q = dequantizer.batch(examples, k)
+            bound = bound_fn(context.params, context.model_state, x, index, np.full_like(index, repeat))
+            return {"bound": bound - log_q}
+
+        arrays = examples.run(context, "bound", settings, unit)
+        if is_image:
+            arrays["bpd"] = bits_per_dim(task, arrays["bound"])
+        context.write(name, **arrays)
+        value = evaluation.mean_and_stderr(arrays["bpd"] if is_image else -arrays["bound"])
+        return {name: {**value, "unit": "bits/dim" if is_image else "nats", "settings": settings}}
+
+    return evaluate
+
+
 def _density(task: Task) -> Evaluator:
     """The ODE's density on a grid and, if the data's is known, its exact NLL by quadrature; in 1-D the SDE's too."""
     config = task.config.eval
-    grid, data = quadrature.density_grid(task.dataset)
+    grid, data = density_grid(task.dataset)
     points = grid.points
     size = min(config.batch_size, round_up(len(points)))
     log_likelihood_fn = log_likelihood(task, size)
@@ -141,10 +184,10 @@ def _density(task: Task) -> Evaluator:
         result: dict[str, Any] = {"density": evaluation.failures(failed)} if failed else {}
         if task.dataset.log_prob is not None and not failed:
             arrays["true_logp"] = task.dataset.log_prob(points)
-            result = quadrature.quadrature_nll(arrays["model_logp"], arrays["true_logp"], grid.weights, grid.thirds)
+            result = quadrature_nll(arrays["model_logp"], arrays["true_logp"], grid.weights, grid.thirds)
             if sde_density is not None:
                 arrays["sde_logp"] = sde_logp = sde_density(context)
-                of_sde = quadrature.quadrature_nll(sde_logp, arrays["true_logp"], grid.weights, grid.thirds)
+                of_sde = quadrature_nll(sde_logp, arrays["true_logp"], grid.weights, grid.thirds)
                 result |= {f"sde_{name}": value for name, value in of_sde.items() if name != "true_entropy"}
         context.write("density", **arrays)
         return result
@@ -161,7 +204,7 @@ def _sde_density(task: Task, x: np.ndarray, data_std: float) -> Callable[[Contex
     def evaluate(context: Context) -> np.ndarray:
         def unit(_: int) -> dict[str, np.ndarray]:
             score_fn = functools.partial(score, context.params, context.model_state)
-            logp = fokker_planck.reverse_sde_log_density(task.sde, score_fn, x.astype(np.float64), **options)
+            logp = reverse_sde_log_density(task.sde, score_fn, x.astype(np.float64), **options)
             return {"logp": logp}
 
         settings = {"cells": cells, "data_std": data_std, "points": len(x)}

@@ -4,19 +4,23 @@
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 import evaluation
+import losses
 import report
 import sampling
 from evaluators import inception
 from evaluators.context import Context, Evaluator, fold_in_each, round_up, settings_except
 from evaluators.dequantized import Dequantizer
-from runtime.devices import on_this_host, shard
+from runtime.devices import all_devices, on_this_host, shard
+from runtime.records import write_npz
 from task import Task
 
 # The keys of `config.sampling` that a kind of sampler does not read.
@@ -120,3 +124,34 @@ def _metrics(task: Task):
         return evaluation.sample_metrics(features, statistics, pool_3, logits, config)
 
     return compute
+
+
+def sample_saver(task: Task, workdir: Path) -> Callable[[losses.TrainState, int], bytes | None]:
+    """(state, step) -> a picture of 64 images or 1,000 points, as a PNG.
+
+    The images are also written to `samples/step_<step>.png`, or the points to `.npz`. Every host draws its share, so
+    that none waits for another. The first one writes, and the others get None.
+    """
+    count = 64 if task.dataset.is_image else 1000
+    draw = sampler(task, all_devices())
+    padded = math.ceil(count / jax.device_count()) * jax.device_count()
+
+    def save_samples(state: losses.TrainState, step: int) -> bytes | None:
+        index = np.arange(padded).reshape(jax.process_count(), -1)[jax.process_index()]
+        key = jax.random.fold_in(jax.random.PRNGKey(task.config.seed), step)
+        samples, _ = draw(state.ema_params, state.model_state, fold_in_each(key, index))
+        if jax.process_count() > 1:
+            samples = np.concatenate(multihost_utils.process_allgather(samples))
+        if jax.process_index() != 0:
+            return None
+        samples, path = samples[:count], workdir / "samples" / f"step_{step:08d}"
+        if failed := int(np.sum(~is_whole(samples))):
+            logging.warning("the sampler failed on %d of %d samples of step %d", failed, len(samples), step)
+        if task.dataset.is_image:
+            report.save_image_grid(path.with_suffix(".png"), samples)
+            return path.with_suffix(".png").read_bytes()
+        write_npz(path.with_suffix(".npz"), samples=samples)
+        test = task.dataset.test[np.arange(min(5000, len(task.dataset.test)))]
+        return report.points_picture(samples[is_whole(samples)], test)
+
+    return save_samples

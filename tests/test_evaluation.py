@@ -12,7 +12,7 @@ from scipy import stats
 import datasets
 import evaluation
 from configs.default_configs import get_default_configs
-from evaluators import quadrature
+from evaluators import density
 
 
 def test_mean_and_stderr_over_examples_averaged_over_repeats():
@@ -65,7 +65,7 @@ def test_gaussian_bits_per_dim_holds_a_batch_at_a_time():
 def test_quadrature_nll_of_two_gaussians():
     x = np.linspace(-12, 12, 4001)
     p, q = stats.norm(0, 1), stats.norm(0.3, 1.2)
-    result = quadrature.quadrature_nll(q.logpdf(x), p.logpdf(x), x[1] - x[0])
+    result = density.quadrature_nll(q.logpdf(x), p.logpdf(x), x[1] - x[0])
     kl = math.log(1.2) + (1 + 0.3**2) / (2 * 1.2**2) - 0.5
     np.testing.assert_allclose(result["kl"], kl, rtol=1e-6)
     np.testing.assert_allclose(result["true_entropy"], 0.5 * math.log(2 * math.pi * math.e), rtol=1e-6)
@@ -78,7 +78,7 @@ def test_density_grid_covers_the_data():
     for name, dim in (("mog", 1), ("checkerboard", 2)):
         config.update(dataset=name, dim=1)
         data = datasets.load(config)
-        (points, weights, _), sample = quadrature.density_grid(data)
+        (points, weights, _), sample = density.density_grid(data)
         assert points.shape[1] == dim and np.all(points.min(axis=0) < sample.min(axis=0))
         assert np.all(points.max(axis=0) > sample.max(axis=0))
         # of the exact density nothing is lost
@@ -102,8 +102,8 @@ def test_grid_of_the_checkerboard_against_gauss_and_legendre(s, kl, tolerance):
     config = get_default_configs().data
     config.dataset = "checkerboard"
     data = datasets.load(config)
-    grid, _ = quadrature.density_grid(data)
-    result = quadrature.quadrature_nll(
+    grid, _ = density.density_grid(data)
+    result = density.quadrature_nll(
         blurred_checkerboard(grid.points, s), data.log_prob(grid.points), grid.weights, grid.thirds
     )
     # KL is the mean of -log q less log 32 over a square at the edge, one in the middle and those between, 2, 2 and 4
@@ -133,8 +133,8 @@ def test_grid_of_the_mixture_is_exact_to_rounding(dim, kl, error):
         densities = stats.norm.pdf(np.asarray(x, np.float64)[..., None], means, np.sqrt(variances + 0.01**2))
         return np.log(np.maximum(np.prod(densities, axis=1) @ weights, 1e-300))
 
-    grid, _ = quadrature.density_grid(data)
-    result = quadrature.quadrature_nll(blurred(grid.points), data.log_prob(grid.points), grid.weights, grid.thirds)
+    grid, _ = density.density_grid(data)
+    result = density.quadrature_nll(blurred(grid.points), data.log_prob(grid.points), grid.weights, grid.thirds)
     nodes, of_nodes = np.polynomial.hermite_e.hermegauss(200)
     z = np.stack(np.meshgrid(*[nodes] * dim, indexing="ij"), axis=-1).reshape(-1, dim)
     of_z = functools.reduce(np.multiply.outer, [of_nodes / of_nodes.sum()] * dim).reshape(-1)

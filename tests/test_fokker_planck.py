@@ -9,7 +9,7 @@ from numpy import trapezoid
 
 import diagnostics
 import sde_lib
-from evaluators.fokker_planck import reverse_sde_log_density
+from evaluators.density import reverse_sde_log_density
 
 EPS = 1e-5
 MIXTURE = np.array([0.3, 0.3, 0.4]), np.array([[-0.3], [-0.9], [0.6]]), np.array([[0.002], [0.002], [0.02]])
