@@ -20,9 +20,10 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 
 from errors import UserError
-from sources import idx, splitmix, synthetic, tfds
+from sources import archives, folder, idx, images, splitmix, synthetic, tfds
 
 # One number for each use of random bits, so that no two uses share them.
 _SHUFFLE, _FLIP, _TRAIN_NOISE, _EVAL_NOISE, _SYNTHETIC_TRAIN, _SYNTHETIC_TEST = range(1, 7)
@@ -41,6 +42,7 @@ class Source(Protocol):
 class Dataset:
     """Two splits of examples, uint8 [H, W, C] if `is_image`, else float32 [D]; and their density, where it is known.
 
+    levels: pixels are whole numbers 0 .. levels - 1.
     log_prob: [N, D] -> [N], in nats, as is the entropy.
     mixture: (weights [M], means [M, 1], variances [M, 1]) of data from M Gaussians, the same in every coordinate.
     breaks: the values, ascending, of every coordinate at which the density jumps.
@@ -55,6 +57,7 @@ class Dataset:
     entropy: float | None = None
     mixture: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     breaks: tuple[float, ...] = ()
+    levels: int = 256
 
     def digest(self, split: str) -> str:
         """A hash of the number of examples in a split and of up to 10,000 of them, evenly spaced."""
@@ -119,11 +122,13 @@ def _uniform_noise(use: int, seed: int, index: np.ndarray, epoch: Any, shape: tu
     return (bits.astype(np.float32) * np.float32(2**-16)).reshape(-1, *shape)
 
 
-def _to_unit(pixels: UInt8[np.ndarray, "B H W C"], noise: np.ndarray | None) -> Float[np.ndarray, "B H W C"]:
-    """pixel / 255 in [0, 1] or, dequantised, (pixel + noise) / 256 in [0, 1)."""
+def _to_unit(
+    pixels: UInt8[np.ndarray, "B H W C"], noise: np.ndarray | None, levels: int
+) -> Float[np.ndarray, "B H W C"]:
+    """pixel / (levels - 1) in [0, 1] or, dequantised, (pixel + noise) / levels in [0, 1)."""
     if noise is None:
-        return pixels.astype(np.float32) / np.float32(255)
-    return (pixels + noise) / np.float32(256)
+        return pixels.astype(np.float32) / np.float32(levels - 1)
+    return (pixels + noise) / np.float32(levels)
 
 
 def train_loader(
@@ -162,7 +167,7 @@ def train_loader(
                 x = np.where(flip[:, None, None, None], x[:, :, ::-1], x)
             dequantize = data_config.uniform_dequantization
             noise = _uniform_noise(_TRAIN_NOISE, seed, index, epoch, dataset.shape) if dequantize else None
-            x = scaler(_to_unit(x, noise))
+            x = scaler(_to_unit(x, noise, dataset.levels))
         return {"x": x, "index": index}
 
     batches = grain.MapDataset.range(2**60).map(batch)
@@ -182,14 +187,15 @@ def eval_batch(
 ) -> Float[np.ndarray, "B *shape"]:
     """The examples `index` of `split` ('train' | 'test'), float32. Images are never flipped.
 
-    dequantize: images get noise that is a function of (seed, index, repeat); otherwise they are pixel / 255.
+    dequantize: images get noise that is a function of (seed, index, repeat); otherwise they are
+        pixel / (levels - 1).
     scale: images are scaled from [0, 1] to the range that `data.centered` says.
     """
     x = getattr(dataset, split)[index]
     if not dataset.is_image:
         return x
     noise = _uniform_noise(_EVAL_NOISE, seed, index, repeat, dataset.shape) if dequantize else None
-    x = _to_unit(x, noise)
+    x = _to_unit(x, noise, dataset.levels)
     return get_data_scaler(data_config.centered)(x) if scale else x
 
 
@@ -238,7 +244,7 @@ def _points(make: Callable[[Any], synthetic.Points]) -> Callable[[Any], Dataset]
     return load
 
 
-def _images(config: Any, train: Source, test: Source, channels: int) -> Dataset:
+def _images(config: Any, train: Any, test: Any, channels: int) -> Dataset:
     return Dataset(config.dataset, (config.image_size, config.image_size, channels), True, train, test)
 
 
@@ -253,8 +259,6 @@ def _fit(image: UInt8[np.ndarray, "H W C"], crop: int = 0, *, size: int, method:
 
     method: 'BILINEAR' | 'BICUBIC' of Pillow, whose filters are those of tf.image.resize with antialiasing.
     """
-    from PIL import Image
-
     crop = crop or min(image.shape[:2])
     top, left = (image.shape[0] - crop) // 2, (image.shape[1] - crop) // 2
     image = image[top : top + crop, left : left + crop]
@@ -316,7 +320,52 @@ def _imagenet(config: Any) -> Dataset:
     name = config.category or "downsampled_imagenet"
     if name not in ("downsampled_imagenet", "imagenet_resized"):
         raise UserError(f"data.category={name!r} of ImageNet: use downsampled_imagenet (old) or imagenet_resized (new)")
+    _require_size(config, 32, 64)
+    if config.category == "imagenet_resized" and (splits := archives.imagenet(_folder(config), config.image_size)):
+        return _images(config, *splits, 3)
     return _tfds(config, f"{name}/{config.image_size}x{config.image_size}", "image-net.org", 32, 64)
+
+
+def _folder(config: Any) -> Path:
+    """`data.dir`; of an empty one a folder that does not exist."""
+    return Path(config.dir or "no folder").expanduser()
+
+
+def _cifar10(config: Any) -> Dataset:
+    """CIFAR-10 from its published archive in `data.dir`, else as tensorflow-datasets has it, in another order."""
+    _require_size(config, 32)
+    if splits := archives.cifar10(_folder(config)):
+        return _images(config, *splits, 3)
+    return _tfds(config, "cifar10", "www.cs.toronto.edu", 32, test_split="test")
+
+
+def _image_folder(config: Any) -> Dataset:
+    """The image files below `data.dir`: central squares, resized bicubically (`sources.folder`)."""
+    train, test = folder.read(_folder(config), config.image_size, config.num_channels)
+    return _images(config, train, test, config.num_channels)
+
+
+def _patches(config: Any) -> Dataset:
+    """Patches of the photographs in `data.dir` or, if it is empty, of the two in scikit-learn (`images.patches`).
+
+    scikit-learn's give training patches at every quarter of a patch, a folder's patches that do not overlap.
+    """
+    size, stride = config.image_size, config.image_size
+    if config.dir:
+        photographs = [images.decoded(path, config.num_channels) for path in images.files_of(_folder(config))]
+    else:
+        from sklearn.datasets import load_sample_images
+
+        photographs, stride = (
+            [Image.fromarray(photograph) for photograph in load_sample_images().images],
+            size // 4 or 1,
+        )
+    mode = "RGB" if config.num_channels == 3 else "L"
+    pixels = [np.asarray(p.convert(mode)).reshape(p.height, p.width, config.num_channels) for p in photographs]
+    train, test = images.patches(pixels, size, stride)
+    if not len(train) or not len(test):
+        raise UserError(f"data.image_size={size}: no photograph is large enough for patches of that size")
+    return _images(config, train, test, config.num_channels)
 
 
 def _tfds(config: Any, name: str, host: str, *sizes: int, test_split: str = "validation", **fit: Any) -> Dataset:
@@ -340,9 +389,11 @@ _DATASETS: dict[str, Callable[[Any], Dataset]] = {
     "DIGITS": _digits,
     "MNIST": _idx_dataset,
     "FASHION_MNIST": functools.partial(_idx_dataset, default_dir="/usr/share/datasets/fashion-mnist"),
-    "CIFAR10": lambda config: _tfds(config, "cifar10", "www.cs.toronto.edu", 32, test_split="test"),
+    "CIFAR10": _cifar10,
     "SVHN": lambda config: _tfds(config, "svhn_cropped", "ufldl.stanford.edu", 32, test_split="test"),
     "CELEBA": lambda config: _tfds(config, "celeb_a", "drive.google.com", crop=140, method="BILINEAR"),
     "ImageNet": _imagenet,
+    "IMAGE_FOLDER": _image_folder,
+    "PATCHES": _patches,
     "LSUN": _lsun,
 }

@@ -23,21 +23,26 @@ Scaler = Callable[[Array], Array]
 
 
 def dequantize(
-    model: nn.Module, params: Any, image01: Batch, u: Batch, dropout_keys: Shaped[Array, "B *key"] | None = None
+    model: nn.Module,
+    params: Any,
+    image01: Batch,
+    u: Batch,
+    dropout_keys: Shaped[Array, "B *key"] | None = None,
+    levels: int = 256,
 ) -> tuple[Batch, PerExample]:
-    """x01 = (k + noise) / 256 [B, ...] for k = 255 image01, and log q(noise | image) [B] in nats.
+    """x01 = (k + noise) / levels [B, ...] for k = (levels - 1) image01, and log q(noise | image) [B] in nats.
 
-    The network `model` takes u ~ N(0, I) [B, ...] to the noise (see `models.flowpp`). floor(256 x01) is k exactly:
-    where k + noise would round up to k + 1 in floating point, it stays one step below.
+    The network `model` takes u ~ N(0, I) [B, ...] to the noise (see `models.flowpp`). With 256 levels floor(256 x01) is
+    k exactly: where k + noise would round up to k + 1 in floating point, it stays one step below.
 
     Args:
-        image01: multiples of 1/255 in [0, 1]; rounding errors in them do not matter.
+        image01: multiples of 1 / (levels - 1) in [0, 1]; rounding errors in them do not matter.
         dropout_keys: one for each example; dropout is on if they are given.
     """
     flow: Any = model
     noise, log_q = flow.apply({"params": params}, u, image01, dropout_keys)
-    level = jnp.round(255 * image01)
-    return jnp.minimum(level + noise, jnp.nextafter(level + 1, level)) / 256, log_q
+    level = jnp.round((levels - 1) * image01)
+    return jnp.minimum(level + noise, jnp.nextafter(level + 1, level)) / levels, log_q
 
 
 def get_loss_fn(
@@ -52,6 +57,7 @@ def get_loss_fn(
     importance_weighting: bool = True,
     num_time_samples: int = 1,
     train: bool = True,
+    levels: int = 256,
 ) -> LossFn:
     """The loss of the dequantiser `model` under a fixed score model: an upper bound on -log2 P(image) / D.
 
@@ -64,10 +70,10 @@ def get_loss_fn(
     Args:
         scaler, inverse_scaler: affine, from [0, 1] to the score model's data and back.
         eps, offset, importance_weighting, num_time_samples: see `likelihood.likelihood_bound`.
-        train: whether the dequantiser's dropout is on.
+        train: whether the dequantiser's dropout is on. levels: of the images.
 
     Returns:
-        A function of (params, model_state, image01 [B, ...] in multiples of 1/255, index [B], key) to the mean loss and
+        A function of (params, model_state, image01 [B, ...], see `dequantize`, index [B], key) to the mean loss and
         the terms [B], all in bits/dim: `loss`, which is the sum of `bound` and `log_q`. model_state is not used. An
         example's draws are a function of (key, index) alone.
     """
@@ -79,10 +85,10 @@ def get_loss_fn(
         u_keys, bound_keys = jnp.moveaxis(jax.vmap(jax.random.split)(of_example(draw_key, index)), 1, 0)
         u = jax.vmap(lambda key: jax.random.normal(key, image01.shape[1:]))(u_keys)
         dropout_keys = of_example(dropout_key, index) if train else None
-        x01, log_q = dequantize(model, params, image01, u, dropout_keys)
+        x01, log_q = dequantize(model, params, image01, u, dropout_keys, levels)
         logp = likelihood_bound(sde, score_fn, scaler(x01), bound_keys, num_time_samples=num_time_samples, **options)
         dim = math.prod(image01.shape[1:])
-        bound, log_q = bits_per_dim(logp, dim, inverse_scaler), log_q / (dim * math.log(2))
+        bound, log_q = bits_per_dim(logp, dim, inverse_scaler, levels), log_q / (dim * math.log(2))
         loss = bound + log_q
         return jnp.mean(loss), {"loss": loss, "bound": bound, "log_q": log_q}
 

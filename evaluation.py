@@ -74,11 +74,20 @@ def gaussian_bits_per_dim(
     factor = np.linalg.cholesky(scatter / (count - 1))
     squares = [np.sum(solve_triangular(factor, (x - mean).T, lower=True) ** 2, axis=0) for x in batches(split, limit)]
     nats = 0.5 * np.mean(np.concatenate(squares)) + np.sum(np.log(np.diag(factor))) + 0.5 * dim * math.log(2 * math.pi)
-    return float(nats / (dim * math.log(2)) + 8)
+    return float(nats / (dim * math.log(2)) + math.log2(dataset.levels))
 
 
 # TensorFlow is imported late, because training needs none of what follows.
 UNKNOWN = "unknown (public layout)"  # the features in a statistics file of the public code
+
+
+def check_levels(dataset: datasets.Dataset) -> None:
+    """UserError if the images have not 256 levels, which the features of IS, FID and KID are made for."""
+    if dataset.levels != 256:
+        raise UserError(
+            f"data.dataset={dataset.name!r} has {dataset.levels} levels: IS, FID and KID are of 8-bit images; "
+            "set eval.enable_metrics=False"
+        )
 
 
 class Features(NamedTuple):

@@ -251,14 +251,14 @@ def bound_offset(sde: SDE, score_fn: ScoreFn, x: Batch, noise: Batch, eps: float
     return 0.5 * _inner(residual, residual) - math.prod(x.shape[1:]) * (0.5 + sde.log_alpha(t))
 
 
-def bits_per_dim(logp: PerExample, dim: int, inverse_scaler: Callable[[Array], Array]) -> PerExample:
-    """Bits per dimension of 8-bit data from the log density, in nats, of the scaled data.
+def bits_per_dim(logp: PerExample, dim: int, inverse_scaler: Callable[[Array], Array], levels: int = 256) -> PerExample:
+    """Bits per dimension of data with so many levels from the log density, in nats, of the scaled data.
 
-    bpd = -log p / (D ln 2) + 8 + log2(d inverse_scaler / dx): the constant is 8 for data in [0, 1] and 7 for [-1, 1].
-    The inverse scaler is affine and takes the model's data to [0, 1].
+    bpd = -log p / (D ln 2) + log2(levels) + log2(d inverse_scaler / dx): for 256 levels the constant is 8 for data in
+    [0, 1] and 7 for [-1, 1]. The inverse scaler is affine and takes the model's data to [0, 1].
     """
     slope = jax.grad(inverse_scaler)(0.0)
-    return -logp / (dim * math.log(2)) + 8 + jnp.log2(slope)
+    return -logp / (dim * math.log(2)) + math.log2(levels) + jnp.log2(slope)
 
 
 def _inner(a, b):

@@ -74,7 +74,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
     path = checkpoints.find(workdir / "checkpoints", config.eval.ckpt_id)
     task = build(config)
     if not task.dataset.is_image:
-        raise UserError(f"--mode train_deq needs 8-bit images; data.dataset={config.data.dataset!r} has none")
+        raise UserError(f"--mode train_deq needs images; data.dataset={config.data.dataset!r} has none")
     directory = workdir / deq_folder
     with workdir_lock(directory):
         target = task.init_state()
@@ -82,7 +82,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
         frozen = score.ema_params, score.model_state
         facts = {"score_model": digest(frozen)}
         levels = config.data.copy_and_resolve_references()
-        levels.update(centered=False, uniform_dequantization=False)  # multiples of 1/255 in [0, 1]
+        levels.update(centered=False, uniform_dequantization=False)  # in [0, 1]
         model = create_dequantizer(config.deq.network, config.deq.dropout)
         resumed = _resume(config, directory, dequantizer_state(task, model), ("deq.network",))
         if resumed is None:  # the first training images initialise it, the same on every host
@@ -166,7 +166,7 @@ def _dequantizer_loss(task: Task, model) -> Callable[..., losses.LossFn]:
     """Returns loss_fn_of(frozen, train), frozen = (params, model_state) of the score model."""
     config = task.config
     scaler = datasets.get_data_scaler(config.data.centered)
-    options = {"eps": config.training.smallest_time, "offset": config.deq.offset}
+    options = {"eps": config.training.smallest_time, "offset": config.deq.offset, "levels": task.dataset.levels}
 
     def loss_fn_of(frozen, train=True):
         score_fn, inverse_scaler = task.score_fn(*frozen), task.inverse_scaler
@@ -266,6 +266,7 @@ def stats(config: Config) -> Path:
     dataset = datasets.load(config.data)
     if not dataset.is_image:
         raise UserError(f"--mode stats needs images; data.dataset={config.data.dataset!r} has none")
+    evaluation.check_levels(dataset)
     path = evaluation.statistics_path(config.data, config.eval.stats_path)
     features = load_features(config.eval.inception_path)
     return evaluation.compute_statistics(dataset, config.data, features, path, config.eval.inception_batch_size)

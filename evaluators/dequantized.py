@@ -53,7 +53,7 @@ def variational(task: Task, directory: Path) -> Dequantizer:
     def dequantize(params, _, image, index, repeat):
         normal = functools.partial(jax.random.normal, shape=image.shape[1:])
         u = jax.vmap(normal)(fold_in_each(seed, repeat, index))
-        x, log_q = dequantization.dequantize(model, params, image, u)
+        x, log_q = dequantization.dequantize(model, params, image, u, levels=task.dataset.levels)
         return scaler(x), log_q
 
     program = functools.cache(functools.partial(per_example, dequantize))  # one for each size of the batch

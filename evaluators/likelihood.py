@@ -13,6 +13,7 @@ from absl import logging
 
 import evaluation
 import likelihood
+from evaluators.baselines import baselines
 from evaluators.context import Context, Evaluator, fold_in_each, per_example, round_up, settings_of, split, split_name
 from evaluators.density import density_grid, quadrature_nll, reverse_sde_log_density
 from evaluators.dequantized import Dequantizer
@@ -75,7 +76,8 @@ def result_name(kind: str, config: Any) -> str:
 def bits_per_dim(task: Task, logp: np.ndarray) -> np.ndarray:
     """Bits/dim of log densities in nats, of any shape."""
     flat = jnp.asarray(logp.reshape(-1))
-    bpd = likelihood.bits_per_dim(flat, math.prod(task.dataset.shape), task.inverse_scaler)
+    dataset = task.dataset
+    bpd = likelihood.bits_per_dim(flat, math.prod(dataset.shape), task.inverse_scaler, dataset.levels)
     return np.asarray(bpd).reshape(logp.shape)
 
 
@@ -112,6 +114,13 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             error = arrays["ode_error"][np.isfinite(logp)] / unit_size
             summary = {"mean": float(error.mean()), "max": float(error.max(initial=0))}
             result[result_name("ode_error", config)] = {**summary, "unit": "bits/dim" if is_image else "nats"}
+        if is_image:
+            result["baselines"] = found = baselines(task.dataset, name, config.num_examples)
+            if value["mean"] > found["histogram"]:
+                bpd, histogram = value["mean"], found["histogram"]
+                text = f"{bpd:.3f} bits/dim are more than a histogram of each pixel takes, {histogram:.3f}"
+                logging.warning("%s: train further, or look at the data", text)
+                result["note"] = text
         if is_image and config.gaussian_baseline:
             same_images = task.config.seed, name, config.num_examples
             result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(task.dataset, task.config.data, *same_images)

@@ -111,6 +111,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
 def _metrics(task: Task):
     """(context, k -> samples uint8 [b, H, W, C] of unit k, number of units, their settings) -> IS, FID and KID."""
     config, data = task.config.eval, task.config.data
+    evaluation.check_levels(task.dataset)
     features = inception.load_features(config.inception_path)
     statistics = evaluation.load_statistics(evaluation.statistics_path(data, config.stats_path), data)
 

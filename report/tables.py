@@ -13,6 +13,7 @@ from report.run_files import RunFiles
 HEADLINES = {
     "bpd": ("Negative log-likelihood by the ODE", "bits/dim"),
     "bound": ("Variational bound on it, by the SDE", "bits/dim"),
+    "baselines": ("For comparison, bits/dim of the same images", ""),
     "gaussian_bpd": ("For comparison: a Gaussian fitted to the training data", "bits/dim"),
     "nll": ("Negative log-likelihood by the ODE", "nats"),
     "exact_nll": ("Negative log-likelihood by the ODE, integrated over the true density", "nats"),

@@ -114,7 +114,7 @@ def pixel_frechet(samples: Path, folder: Path) -> float | None:
         return None
     images = run_files.load_npz(samples, "samples")["samples"].astype(np.float64)
     images = images / 255 if images.max() > 2 else images
-    real = dataset.test[np.arange(len(dataset.test))].astype(np.float64) / 255
+    real = dataset.test[np.arange(len(dataset.test))].astype(np.float64) / (dataset.levels - 1)
     count = min(len(images), len(real))
     return evaluation.frechet_distance(real[:count].reshape(count, -1), images[:count].reshape(count, -1))
 
