@@ -350,18 +350,18 @@ def _patches(config: Any) -> Dataset:
 
     scikit-learn's give training patches at every quarter of a patch, a folder's patches that do not overlap.
     """
-    size, stride = config.image_size, config.image_size
+    size, channels = config.image_size, config.num_channels
     if config.dir:
-        photographs = [images.decoded(path, config.num_channels) for path in images.files_of(_folder(config))]
+        photographs = [images.decoded(path, channels) for path in images.files_of(_folder(config))]
     else:
         from sklearn.datasets import load_sample_images
 
-        photographs, stride = (
-            [Image.fromarray(photograph) for photograph in load_sample_images().images],
-            size // 4 or 1,
-        )
-    mode = "RGB" if config.num_channels == 3 else "L"
-    pixels = [np.asarray(p.convert(mode)).reshape(p.height, p.width, config.num_channels) for p in photographs]
+        mode = "RGB" if channels == 3 else "L"
+        photographs = [Image.fromarray(photograph).convert(mode) for photograph in load_sample_images().images]
+    pixels = [
+        np.asarray(photograph).reshape(photograph.height, photograph.width, channels) for photograph in photographs
+    ]
+    stride = size if config.dir else size // 4 or 1
     train, test = images.patches(pixels, size, stride)
     if not len(train) or not len(test):
         raise UserError(f"data.image_size={size}: no photograph is large enough for patches of that size")

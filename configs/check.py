@@ -172,6 +172,7 @@ RULES: dict[str, Rule] = {
 
 
 _POINTS = ("mog", "checkerboard", "swissroll")
+_OWN = ("DIGITS", "IMAGE_FOLDER", "PATCHES")
 # Each entry is a setting and the keys that do nothing under it. There a key must keep its default.
 # Shapes of another network and constants of another process are not listed, because config files set them for all.
 INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
@@ -180,8 +181,8 @@ INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model.name": "ncsnpp", "model.parameterization": ""}, ("model.sigma_data",)),
     *(({"model.parameterization": form}, ("model.sigma_data",)) for form in ("noise", "score")),
     *(({"data.dataset": name}, ("data.dir", "data.centered", "eval.gaussian_baseline")) for name in _POINTS),
-    *(({"data.dataset": name}, ("data.dim",)) for name in (*_POINTS[1:], "DIGITS", "CIFAR10")),
-    *(({"data.dataset": name}, ("data.category",)) for name in (*_POINTS, "DIGITS", "FASHION_MNIST", "CIFAR10")),
+    *(({"data.dataset": name}, ("data.dim",)) for name in (*_POINTS[1:], *_OWN, "CIFAR10")),
+    *(({"data.dataset": name}, ("data.category",)) for name in (*_POINTS, *_OWN, "FASHION_MNIST", "CIFAR10")),
     ({"data.dataset": "DIGITS"}, ("data.dir",)),
     ({"sampling.method": "ode"}, ("sampling.probability_flow",)),
     ({"sampling.method": "pc", "sampling.predictor": "none"}, ("sampling.probability_flow",)),

@@ -52,7 +52,7 @@ def get_default_configs() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.dataset = "CIFAR10"
-    data.dir = ""  # folder of the data set; empty: the library's own place
+    data.dir = ""  # folder of the data set, or of your own images (IMAGE_FOLDER); empty: the library's own place
     data.category = ""  # LSUN: e.g. church_outdoor; ImageNet: empty for the old copy, imagenet_resized for the new
     data.image_size = 32
     data.num_channels = 3

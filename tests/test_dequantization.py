@@ -196,6 +196,16 @@ def test_bound_from_its_draws():
         np.testing.assert_allclose(ours[i], prior - integral - (decoder - entropy), rtol=2e-4)
 
 
+def test_dequantisation_of_17_levels():
+    """x is (k + noise) / 17, and bits/dim are of 17 levels."""
+    k = np.tile(np.arange(17, dtype=np.float32), 16).reshape(17, 4, 4, 1)
+    u = jnp.asarray(np.random.default_rng(3).normal(size=k.shape), jnp.float32)
+    image01 = jnp.asarray(k / np.float32(16))
+    x01, _ = jit(lambda image01: dequantize(Sigmoid(), PARAMS, image01, u, levels=17))(image01)
+    noise, _ = Sigmoid().apply({"params": PARAMS}, u, image01)
+    np.testing.assert_allclose(x01, (k + noise) / 17, rtol=1e-6)
+
+
 @pytest.mark.parametrize("model", [Sigmoid(), Certain()])
 def test_dequantisation_keeps_the_levels(model):
     levels = np.tile(np.arange(256, dtype=np.float32), 8).reshape(2, 32, 32, 1)

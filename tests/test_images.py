@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import datasets
+from configs.default_configs import get_default_configs
 from errors import UserError
 from sources import archives, folder, images
 
@@ -197,6 +199,46 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         folder.read(tmp_path / "mine", 8, 3)
+
+
+def data_config(**changes):
+    config = get_default_configs().data
+    config.update({"random_flip": False, **changes})
+    return config
+
+
+def test_a_folder_and_patches_are_data_sets(tmp_path):
+    root = tmp_path / "mine"
+    for i in range(40):
+        save(root / f"{i}.png", random_pixels(20, 30, seed=i))
+    config = data_config(dataset="IMAGE_FOLDER", dir=str(root), image_size=8)
+    dataset = datasets.load(config)
+    assert dataset.shape == (8, 8, 3) and len(dataset.train) + len(dataset.test) == 40 and dataset.levels == 256
+    batch = next(datasets.train_loader(dataset, config, batch_size=6, seed=0))
+    np.testing.assert_array_equal(batch["x"], dataset.train[batch["index"]].astype(np.float32) / np.float32(255))
+    of_folder = datasets.load(data_config(dataset="PATCHES", dir=str(root), image_size=2))
+    assert of_folder.train.shape[1:] == of_folder.test.shape[1:] == (2, 2, 3)
+    with pytest.raises(UserError, match="no photograph is large enough"):
+        datasets.load(data_config(dataset="PATCHES", dir=str(root), image_size=32))
+
+
+@pytest.mark.parametrize(("size", "train", "test"), [(8, 24_926, 416), (16, 5_700, 104)])
+def test_embedded_patches_are_distinct_and_in_colour_or_grey(size, train, test):
+    dataset = datasets.load(data_config(dataset="PATCHES", image_size=size))
+    assert (len(dataset.train), len(dataset.test)) == (train, test)
+    assert len(np.unique(dataset.train.reshape(train, -1), axis=0)) == train
+    gray = datasets.load(data_config(dataset="PATCHES", image_size=size, num_channels=1))
+    assert gray.shape == (size, size, 1) and len(gray.train) == train
+
+
+def test_archives_in_the_folder_come_before_tfds(tmp_path):
+    files, train, test = cifar_files()
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    for name, content in files.items():
+        (tmp_path / "cifar-10-batches-bin" / name).write_bytes(content)
+    dataset = datasets.load(data_config(dataset="CIFAR10", dir=str(tmp_path)))
+    np.testing.assert_array_equal(dataset.train, train)
+    np.testing.assert_array_equal(dataset.test, test)
 
 
 def cifar_files(count=4):

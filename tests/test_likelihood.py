@@ -162,6 +162,7 @@ def test_uniform_data_cost_eight_bits():
     np.testing.assert_allclose(bits_per_dim(unit, dim, lambda x: x), 8, rtol=1e-6)
     np.testing.assert_allclose(bits_per_dim(centred, dim, lambda x: (x + 1) / 2), 8, rtol=1e-6)
     np.testing.assert_allclose(bits_per_dim(unit, dim, lambda x: (x + 1) / 2), 7, rtol=1e-6)
+    np.testing.assert_allclose(bits_per_dim(unit, dim, lambda x: x, levels=17), np.log2(17), rtol=1e-6)
 
 
 def mean_and_error(sde, score_fn, x, **options):
