@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds what a config describes, once for all modes: the SDE, the data, the network, the optimiser, their state."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import linen as nn
 
+import checkpoints
 import datasets
 import losses
 import models
 import sde_lib
 from configs.check import check_config, flatten
+from configs.default_configs import get_default_configs
 from errors import UserError
 from models import flowpp
 from models.score import get_score_fn
@@ -96,6 +101,17 @@ def build(config: Config) -> Task:
     _check_kind(config, model, dataset)
     _check_exact(config, dataset)
     return Task(config, sde, dataset, model, optimizer)
+
+
+def restored(workdir: Path) -> tuple[Task, Any, Any]:
+    """The task of a run, and EMA parameters and model state of its newest checkpoint. UserError without one."""
+    path = checkpoints.find(workdir / "checkpoints", 0)
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} has no config.json: it is not the workdir of a run of ours")
+    config = get_default_configs()  # for keys that came after the run
+    config.update(ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text())))
+    state = checkpoints.restore(path).state
+    return build(config), state["ema_params"], state.get("model_state", {})
 
 
 def _check_kind(config: Config, model: nn.Module, dataset: datasets.Dataset) -> None:

@@ -24,8 +24,8 @@ def as_rows(x: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1)
 
 
-def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
-    """Returns the PNG that `report.save_image_grid` writes."""
+def tiles(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Returns the pixels [height, width (, 3)], uint8, of the PNG that `report.save_image_grid` writes."""
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"images must be [N, H, W, 1 or 3], none of them 0, not {list(images.shape)}")
     if images.dtype != np.uint8:
@@ -39,8 +39,13 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
     for i, image in enumerate(images):
         y, x = PAD + i // columns * (height + PAD), PAD + i % columns * (width + PAD)
         grid[y : y + height, x : x + width] = image
+    return grid[..., 0] if channels == 1 else grid
+
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
+    """Returns the PNG that `report.save_image_grid` writes."""
     buffer = io.BytesIO()
-    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(buffer, format="PNG")
+    Image.fromarray(tiles(images, columns)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
