@@ -20,19 +20,13 @@ Probes = Float[Array, "K B *shape"]
 
 
 def probe(key: PRNGKeyArray, shape: tuple[int, ...], kind: str) -> Array | None:
-    """Draws the v of Hutchinson's estimate tr J = E[v . J v]: 'rademacher', of the least variance, or 'gaussian'.
-
-    Returns None for 'exact', which needs no probe.
-    """
+    """Draws v of Hutchinson's tr J = E[v . J v]: 'rademacher' (least variance) or 'gaussian'. None for 'exact'."""
     draws = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
     return None if kind.lower() == "exact" else draws[kind.lower()](key, shape, jnp.float32)
 
 
 def probes(keys: Shaped[Array, "B *key"], shape: tuple[int, ...], kind: str, count: int) -> Array | None:
-    """Draws `count` probes an example, each a function of the example's key: [count, B, *shape], or [B, *shape] if one.
-
-    See `probe` for the kinds; 'exact' gives None.
-    """
+    """Draws `count` probes (see `probe`) an example from its key: [count, B, *shape], or [B, *shape] if one."""
     of_keys = jax.vmap(lambda key: probe(key, shape, kind))
     if count == 1:
         return of_keys(keys)
