@@ -68,9 +68,8 @@ def write_summary(
 ) -> Path:
     """Writes one self-contained HTML page that compares several runs, label -> workdir, and returns its path.
 
-    The page starts with the table `rows`, each a mapping from column to value, and the newest results. Then come
-    pictures that compare the runs on the same data, also written beside the page as `<its stem>_<name>.png`, and each
-    run's own pictures, side by side by kind. Last come the differences of their configs and environments.
+    It starts with a table of the `rows`, column -> value. Pictures that compare runs on the same data are also written
+    beside the page as `<its stem>_<name>.png`.
     """
     path = Path(path)
     runs = {label: load(Path(workdir)) for label, workdir in workdirs.items()}

@@ -92,9 +92,8 @@ def _row(tag: str, cells: Sequence[str], marked: bool = False) -> str:
 
 
 def figure(picture: Picture) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
-    caption = html.escape(picture.caption)
-    return f'<figure><img alt="{picture.name}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+    image = f'<img alt="{picture.name}" src="data:image/png;base64,{base64.b64encode(picture.png).decode()}">'
+    return f"<figure>{image}<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
 
 
 def side_by_side(pictures: Sequence[tuple[str, Picture]]) -> str:

@@ -229,8 +229,7 @@ def by_checkpoint(runs: Mapping[str, RunFiles], name: str) -> Iterator[Picture]:
 def draw_fisher(axes: Sequence[Axes] | np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
     """Draws the distances of scores in one panel, those of the divergence and its gradient in another, over time.
 
-    arrays: `times` [K] and for each curve `<name>` [K] and, if known, `<name>_stderr` [K]. A curve that is not there is
-    left out.
+    arrays: `times` [K] and for each curve that is known `<name>` [K] and perhaps `<name>_stderr` [K].
     """
     for ax, curves in zip(axes, (SCORES, DIVERGENCES), strict=True):
         for (name, label), color, line in zip(

@@ -77,8 +77,8 @@ def point_samples(samples: np.ndarray, data: np.ndarray | None) -> Figure:
         figure, ((ax,),) = panels(1, 1, 8.0, 3.4)
         if data is not None:
             _draw_points(ax, frame, frame, len(samples), color=TRUTH, alpha=0.5, label="true data")
-        style = {"color": MODEL, "histtype": "step", "lw": 1.6, "label": "samples of the model"}
-        _draw_points(ax, clouds[0][1], frame, len(samples), **style)
+        label, x, color = clouds[0]
+        _draw_points(ax, x, frame, len(samples), color=color, histtype="step", lw=1.6, label=label)
         ax.legend()
         return figure
     shown = min(5000, *(len(x) for _, x, _ in clouds))
@@ -90,10 +90,7 @@ def point_samples(samples: np.ndarray, data: np.ndarray | None) -> Figure:
 
 
 def _draw_points(ax: Axes, x: np.ndarray, frame: np.ndarray, n: int, dot: int = 4, **style: Any) -> None:
-    """Draws 1-D points as a histogram with bins for n points, or two coordinates of the first n others as dots.
-
-    The axes hold the points `frame` [N, D] with a margin.
-    """
+    """Draws 1-D points as a histogram with bins for n points, or two coordinates of the first n others as dots."""
     margin = 0.25 * np.ptp(frame, axis=0) + 1e-3
     low, high = frame.min(axis=0) - margin, frame.max(axis=0) + margin
     if x.shape[1] == 1:
@@ -106,10 +103,7 @@ def _draw_points(ax: Axes, x: np.ndarray, frame: np.ndarray, n: int, dot: int = 
 
 
 def over_training(run: RunFiles, most: int = 4) -> Iterator[Picture]:
-    """Draws the samples of up to `most` snapshots of the training side by side, the first and the newest among them.
-
-    Yields nothing if fewer than two snapshots drew samples. UserError if a file cannot be read.
-    """
+    """Draws samples of up to `most` snapshots side by side, the first and the newest among them, if there are two."""
     paths = numbered(run.workdir / "samples", "step_*")
     if len(paths) < 2:
         return

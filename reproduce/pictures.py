@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -17,7 +16,7 @@ import sde_lib
 import task
 from ode import rk45
 from report import run_curves, run_files
-from report.canvas import PALETTE, STYLE, TRUTH, panels, png
+from report.canvas import PALETTE, TRUTH, panels, png
 from report.sample_grids import tiles
 
 LABELS = {"order1": "order 1", "order2": "order 2", "order3": "order 3"}  # variants that are drawn: label
@@ -27,7 +26,6 @@ Arrays = Mapping[str, Mapping[str, np.ndarray]]  # variant: arrays of its evalua
 Models = Mapping[str, tuple[task.Task, Any]]  # variant: task and score function
 
 
-@mpl.rc_context(STYLE)
 def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, Any], out: Path) -> Iterator[Path]:
     """Writes the pictures that the files of seed 0 allow, and yields their paths."""
     shown = {run.variant: workdir / run.folder for run in runs if run.seed == 0 and run.variant in LABELS}
@@ -38,7 +36,10 @@ def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, An
 
     densities, drawn = newest("density_*.npz"), {}
     if densities and next(iter(densities.values()))["x"].shape[1] == 1:
-        models = {variant: load_model(shown[variant]) for variant in densities}
+        models = {}
+        for variant in densities:
+            built, params, model_state = task.restored(shown[variant])
+            models[variant] = built, jax.jit(built.score_fn(params, model_state))
         drawn["densities"] = mixture_densities(densities, models)
         drawn["trajectories"] = trajectories(models)
         drawn["lengths"] = by_length(result["summary"])
@@ -52,12 +53,6 @@ def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, An
         path = out / f"{name}_{kind}.png"
         path.write_bytes(png(figure))
         yield path
-
-
-def load_model(workdir: Path) -> tuple[task.Task, Any]:
-    """Returns the task of a run and the score function of its newest checkpoint's EMA parameters."""
-    built, params, model_state = task.restored(workdir)
-    return built, jax.jit(built.score_fn(params, model_state))
 
 
 def mixture_densities(densities: Arrays, models: Models) -> Figure:
@@ -189,6 +184,6 @@ def grids(samples: Arrays) -> Figure:
     figure, axes = panels(1, len(samples), 3.2, 3.4)
     for ax, (variant, arrays) in zip(axes[0], samples.items(), strict=True):
         ax.imshow(tiles(arrays["samples"][:64], 8), cmap="gray")
-        ax.set(title=LABELS[variant])
+        ax.set_title(LABELS[variant])
         ax.set_axis_off()
     return figure

@@ -24,15 +24,13 @@ ORDERS = (1, 2, 3)
 def runs_of(mog_steps: int, digits_steps: int) -> dict[str, Run]:
     """Label -> run."""
 
-    def steps(n: int) -> tuple[str, str]:
-        return f"training.n_iters={n}", f"training.snapshot_freq={n}"
+    def run(name: str, config: str, steps: int, *overrides: str) -> Run:
+        length = f"training.n_iters={steps}", f"training.snapshot_freq={steps}"
+        return Run("", f"{name}_{steps}", 42, config, (*overrides, *length))
 
-    runs = {}
-    for n in ORDERS:
-        overrides = (f"training.score_matching_order={n}", *steps(mog_steps))
-        runs[f"mixture, order {n}"] = Run("", f"mog_order{n}_{mog_steps}", 42, "configs/toy/mog_ve.py", overrides)
-    digits = Run("", f"digits_{digits_steps}", 42, "configs/digits/ve_ncsnpp.py", steps(digits_steps))
-    return {**runs, "8x8 digits": digits}
+    order = {n: f"training.score_matching_order={n}" for n in ORDERS}
+    runs = {f"mixture, order {n}": run(f"mog_order{n}", "configs/toy/mog_ve.py", mog_steps, order[n]) for n in ORDERS}
+    return {**runs, "8x8 digits": run("digits", "configs/digits/ve_ncsnpp.py", digits_steps)}
 
 
 def main() -> None:
@@ -49,7 +47,6 @@ def main() -> None:
     folders = {label: args.workdir / run.folder for label, run in runs.items()}
     *mixtures, digits = (load(folder).results[-1] for folder in folders.values())
     bpd, reference = digits["bpd"], digits["gaussian_bpd"]
-
     summary, rows = {}, []
     for n, result in zip(ORDERS, mixtures, strict=True):
         summary[f"mog_order{n}_nll"] = result["exact_nll"]
@@ -62,7 +59,8 @@ def main() -> None:
     (args.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     of_digits = f"{bpd['mean']:.3f} ± {bpd['stderr']:.3f} bits/dim", f"{reference:.3f} bits/dim (fitted Gaussian)"
     rows.append(("8x8 digits, VE, order 1", *of_digits, f"{bpd['mean'] - reference:.3f} bits/dim"))
-    table = [dict(zip(("run", "NLL or bpd", "reference", "difference"), row, strict=True)) for row in rows]
+    columns: list[str] = ["run", "NLL or bpd", "reference", "difference"]
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
     page = report.write_summary(args.workdir / "report.html", "Quickstart", folders, table)
     print(json.dumps(summary, indent=1))
     print(f"numbers: {args.workdir / 'summary.json'}\npictures: {page}")

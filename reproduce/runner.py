@@ -69,14 +69,11 @@ def do(workdir: Path, run: Run, predecessor: Future | None) -> None:
         flags = (f"--config={run.config}", f"--workdir={folder}", f"--mode={mode}")
         return ["main.py", *flags, *(f"--config.{key}" for key in keys)]
 
-    def log(name: str) -> Path:
-        return folder.with_name(f"{folder.name}.{name}.log")
-
     marks = [folder / name / "whole" for name, _ in run.evaluations]
     if not marks or not all(mark.exists() for mark in marks):
-        run_python(log("train"), *command("train"))
+        run_python(Path(f"{folder}.train.log"), *command("train"))
     for (name, overrides), mark in zip(run.evaluations, marks, strict=True):
-        run_unless_done(mark, log(name), *command("eval", *overrides), f"--eval_folder={name}")
+        run_unless_done(mark, Path(f"{folder}.{name}.log"), *command("eval", *overrides), f"--eval_folder={name}")
 
 
 def with_predecessors(runs: Sequence[Run]) -> list[Run]:

@@ -6,14 +6,6 @@ from collections.abc import Iterator
 from reproduce.runner import Run
 
 ORDERS = (1, 2, 3)
-FINE_TUNE_STEPS = {
-    "digits_ve": 500,
-    "digits_vp": 500,
-    "fashion_ve": 300,
-    "fashion_vp": 300,
-    "fashion_ve_long": 1_000,
-    "fashion_vp_long": 1_000,
-}
 FINE_TUNE = ("optim.lr=0.001", "optim.warmup=50")
 
 
@@ -32,7 +24,7 @@ def fine_tuning(experiment: str, variant: str, base: Run, n: int, steps: int, *o
     return Run(experiment, variant, base.seed, base.config, overrides, after=base)
 
 
-def from_scratch(name: str, seeds: int, curves: bool) -> Iterator[Run]:
+def from_scratch(name: str, seeds: int, curves: bool = False) -> Iterator[Run]:
     """Trains each order for the same steps from the same initial weights. curves: also Fisher curves of seed 0."""
     for seed in range(seeds):
         for n in ORDERS:
@@ -68,13 +60,13 @@ def study(seeds: int) -> Iterator[Run]:
             yield Run("mog_study", f"order{n}_finetuned", seed, config, (order(n), *length(10_000)), after=first)
 
 
-def fine_tuned(name: str, seeds: int, curves: bool) -> Iterator[Run]:
-    """Trains a first-order model, and from its checkpoint each order for the same further steps."""
+def fine_tuned(name: str, seeds: int, steps: int, curves: bool = False) -> Iterator[Run]:
+    """Trains a first-order model, and from its checkpoint each order for `steps` further steps."""
     for seed in range(seeds):
         base = Run(name, "base", seed, f"configs/reproduce/{name}.py", (order(1),))
         yield base
         for n in ORDERS:
-            run = fine_tuning(name, f"order{n}", base, n, FINE_TUNE_STEPS[name])
+            run = fine_tuning(name, f"order{n}", base, n, steps)
             if curves and seed == 0:
                 fisher = ("eval.enable_bpd=False", "eval.enable_sampling=False", "eval.enable_fisher=True")
                 run = run._replace(evaluations=(*run.evaluations, ("eval_fisher", fisher)))
@@ -97,10 +89,8 @@ def digits_study(seeds: int) -> Iterator[Run]:
         "order1_vp_long": (1, 2_000),
         "order2_vp_long": (2, 2_000),
         "order2_vp_long_w0.1": (2, 2_000, "training.second_order_weight=0.1"),
-        "order1_vp_importance": (1, 500, *importance),
-        "order2_vp_importance": (2, 500, *importance),
-        "order1_vp_importance_long": (1, 2_000, *importance),
-        "order2_vp_importance_long": (2, 2_000, *importance),
+        **{f"order{n}_vp_importance": (n, 500, *importance) for n in (1, 2)},
+        **{f"order{n}_vp_importance_long": (n, 2_000, *importance) for n in (1, 2)},
     }
     for seed in range(seeds):
         plateau = Run("digits_study", "base_vp6000", seed, "configs/reproduce/digits_vp.py", (order(1), *length(6_000)))
@@ -117,16 +107,19 @@ def experiments(fast: bool) -> dict[str, list[Run]]:
     """The runs of each study, in their order. fast: the mixture with one seed, and the digits at orders 1 and 3."""
     if fast:
         mixture = {name: list(from_scratch(name, 1, curves=True)) for name in ("mog_ve", "mog_vp")}
-        digits = [run for run in fine_tuned("digits_ve", 1, curves=False) if run.variant != "order2"]
+        digits = [run for run in fine_tuned("digits_ve", 1, steps=500) if run.variant != "order2"]
         return {"digits_ve": digits, **mixture}
     return {
         "mog_ve": list(from_scratch("mog_ve", 5, curves=True)),
         "mog_vp": list(from_scratch("mog_vp", 5, curves=True)),
-        "digits_ve": list(fine_tuned("digits_ve", 3, curves=True)),
-        "checkerboard_ve": list(from_scratch("checkerboard_ve", 5, curves=False)),
-        "swissroll_ve": list(from_scratch("swissroll_ve", 5, curves=False)),
+        "digits_ve": list(fine_tuned("digits_ve", 3, steps=500, curves=True)),
+        "checkerboard_ve": list(from_scratch("checkerboard_ve", 5)),
+        "swissroll_ve": list(from_scratch("swissroll_ve", 5)),
         "mog_study": list(study(3)),
         "digits_study": list(digits_study(1)),
-        "digits_vp": list(fine_tuned("digits_vp", 3, curves=True)),
-        **{name: list(fine_tuned(name, 3, curves=False)) for name in FINE_TUNE_STEPS if name.startswith("fashion")},
+        "digits_vp": list(fine_tuned("digits_vp", 3, steps=500, curves=True)),
+        "fashion_ve": list(fine_tuned("fashion_ve", 3, steps=300)),
+        "fashion_vp": list(fine_tuned("fashion_vp", 3, steps=300)),
+        "fashion_ve_long": list(fine_tuned("fashion_ve_long", 3, steps=1_000)),
+        "fashion_vp_long": list(fine_tuned("fashion_vp_long", 3, steps=1_000)),
     }

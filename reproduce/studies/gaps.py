@@ -47,7 +47,6 @@ def gaps(folder: Path, noise: tuple[float, ...], num: int, num_probes: int) -> n
     keys = jax.random.split(jax.random.PRNGKey(config.seed), num)
     probes = likelihood.probes(keys, x.shape[1:], config.eval.hutchinson_type, num_probes)
     times, slope = times_of(built.sde, noise, 2.0 if config.data.centered else 1.0)
-
     solver = {key: config.eval[key] for key in ("rtol", "atol", "max_steps")}
 
     @jax.jit
