@@ -132,7 +132,7 @@ def find(directory: str | Path, number: int, wait_s: float = 0) -> Path:
             )
         if not is_told:
             logging.info("waiting up to %.0f s for checkpoint %s in %s", wait_s, number or "(any)", directory)
-        is_told = True
+            is_told = True
         time.sleep(min(left, 1 + wait_s / 100))
     return Path(directory) / f"checkpoint_{numbers[-1]}"
 

@@ -63,7 +63,7 @@ def load_legacy(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """The file's tree with numpy arrays. Raises ValueError or msgpack's errors where it is malformed."""
+    """The file's tree, read within limits, which flax's reader lacks. Raises ValueError or msgpack's errors."""
     size, entries = path.stat().st_size, 0
     if size == 0:
         raise ValueError("it is empty")

@@ -123,7 +123,7 @@ class StopRequest:
     def agreed(self, due: bool) -> tuple[bool, bool]:
         """Whether to stop, and whether to save, after this step. All hosts call it once after each step.
 
-        due: whether this host's clock asks for a save. Only the first host's counts, and not while a save is agreed on.
+        due: whether this host's clock asks for a save. Only the first host's counts, once until that save is due.
         """
         if jax.process_count() == 1:
             return bool(self.signal), due
