@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variational dequantisation (Ho et al. 2019, arXiv 1902.00275): continuous images from 8-bit ones, and its loss.
 
-An image has integer levels k in {0, ..., 255}. With noise v in [0, 1)^D, v ~ q(v | k), and a density p of
-(k + v) / 256, log2 P(k) >= E[log2 p((k + v) / 256) - log2 q(v | k)] - 8 D. Uniform noise is q = 1; a flow that is
-trained to raise the right-hand side gives a tighter bound.
+For levels k in {0, ..., 255}, noise v ~ q(v | k) in [0, 1)^D and a density p of (k + v) / 256,
+log2 P(k) >= E[log2 p((k + v) / 256) - log2 q(v | k)] - 8 D. Uniform noise is q = 1; a flow is trained to raise this.
 """
 
 import math
@@ -33,7 +32,7 @@ def dequantize(
     """x01 = (k + noise) / levels [B, ...] for k = (levels - 1) image01, and log q(noise | image) [B] in nats.
 
     The network `model` takes u ~ N(0, I) [B, ...] to the noise (see `models.flowpp`). With 256 levels floor(256 x01) is
-    k exactly: where k + noise would round up to k + 1 in floating point, it stays one step below.
+    k exactly.
 
     Args:
         image01: multiples of 1 / (levels - 1) in [0, 1]; rounding errors in them do not matter.
@@ -42,7 +41,7 @@ def dequantize(
     flow: Any = model
     noise, log_q = flow.apply({"params": params}, u, image01, dropout_keys)
     level = jnp.round((levels - 1) * image01)
-    return jnp.minimum(level + noise, jnp.nextafter(level + 1, level)) / levels, log_q
+    return jnp.minimum(level + noise, jnp.nextafter(level + 1, level)) / levels, log_q  # level + noise may round up
 
 
 def get_loss_fn(
@@ -61,11 +60,8 @@ def get_loss_fn(
 ) -> LossFn:
     """The loss of the dequantiser `model` under a fixed score model: an upper bound on -log2 P(image) / D.
 
-    loss = `likelihood.bits_per_dim`(bound on log p(x)) + log q(noise | image) / (D ln 2), one draw an example of the
-    noise and of the bound's own noises. Its mean over draws is the bound itself; its gradient passes through x.
-    The public code has the same mean by another estimator: there the divergence D f of the drift has a uniform time,
-    a noise and a probe of its own. Here it stands in closed form beside the denoising term, at the same time, where
-    the two cancel in part.
+    loss = `likelihood.bits_per_dim`(bound on log p(x)) + log q(noise | image) / (D ln 2), one draw an example. Its mean
+    over draws is the bound itself; its gradient passes through x.
 
     Args:
         scaler, inverse_scaler: affine, from [0, 1] to the score model's data and back.
@@ -73,9 +69,8 @@ def get_loss_fn(
         train: whether the dequantiser's dropout is on. levels: of the images.
 
     Returns:
-        A function of (params, model_state, image01 [B, ...], see `dequantize`, index [B], key) to the mean loss and
-        the terms [B], all in bits/dim: `loss`, which is the sum of `bound` and `log_q`. model_state is not used. An
-        example's draws are a function of (key, index) alone.
+        A function of (params, unused model_state, image01 [B, ...], index [B], key) to the mean loss and the terms [B],
+        all in bits/dim: `loss`, which is the sum of `bound` and `log_q`. image01: see `dequantize`.
     """
     options = {"eps": eps, "offset": offset, "importance_weighting": importance_weighting}
 

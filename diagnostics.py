@@ -29,14 +29,13 @@ class FisherCurves(NamedTuple):
     `normal` stands for the score of N(0, sigma(t)^2 I), which is -x / sigma^2, of divergence -D / sigma^2. The fields
     with `true` are None without a true score.
 
-    Units: a score is in nats per unit of x and g^2 in squared units of x per unit of time. So the distances of scores
-    are in nats, those of the divergence in nats / (unit of x)^2 and those of its gradient in nats / (unit of x)^4, all
-    per unit of time. Half the mean over data of a distance of scores, integrated over t, is the Fisher divergence of
-    the bounds.
+    Distances of scores are in nats, those of the divergence in nats / (unit of x)^2 and those of its gradient in
+    nats / (unit of x)^4, all per unit of time. Half the mean over data of a distance of scores, integrated over t, is
+    the Fisher divergence of the bounds.
 
-    One probe adds the variance of its estimates of s_ode, J and the gradient to the curves; for images it may be many
-    times the distance. With P probes a curve is the mean over all pairs of probes of the product of their residuals. It
-    has no bias, and is sometimes below 0 where the distance is small.
+    One probe adds the variance of its estimates to the curves; for images it may be many times the distance. With P
+    probes a curve is the mean over all pairs of probes of the product of their residuals, which has no bias. It is
+    sometimes below 0 where the distance is small.
     """
 
     score_ode: Curve  # g^2 |s - s_ode|^2
@@ -62,10 +61,9 @@ def fisher_curves(
 ) -> FisherCurves:
     """The Fisher curves of a batch: forward from x at times[0] to T, back from there with s_ode, compared at `times`.
 
-    Along the ODE, d s_ode / dt = -(grad_x div h + (dh/dx)^T s_ode), with s_ode = -x / prior_std^2 at T. That is
-        d s_ode / dt = -f s_ode + g^2 / 2 (grad_x (v . J v) + J^T s_ode),
-    one reverse pass over one jvp. The probe is fixed over the solve, so s_ode is the score of the log density that
-    `likelihood.ode_log_likelihood` gives with that probe.
+    Along the ODE, d s_ode / dt = -f s_ode + g^2 / 2 (grad_x (v . J v) + J^T s_ode), with s_ode = -x / prior_std^2 at T.
+    The probe is fixed over the solve, so s_ode is the score of the log density that `likelihood.ode_log_likelihood`
+    gives with that probe.
 
     Args:
         probe: v [B, ...]; P >= 2 probes [P, B, ...] for curves without the bias of one, at P times the work; None for
@@ -82,16 +80,13 @@ def fisher_curves(
     probe = probe if probe is None else probe.reshape(-1, *x.shape[1:])  # probe by probe, as `tile` makes x
     solve = partial(rk45, rtol=rtol, atol=atol, max_steps=max_steps)
 
-    def forward(t, x):
-        return sde.probability_flow(x, t, score_fn(x, t))
-
     def interval(state, span):
         (x, ode_score), _ = solve(partial(ode_score_flow, sde, score_fn, probe), state, *span)
         t = jnp.broadcast_to(span[1], x.shape[:1])
         curves = compare_scores(sde, score_fn, x, ode_score, t, probe, true_score, num_probes=num_probes)
         return (x, ode_score), curves
 
-    end, _ = solve(forward, x, times[0], sde.T)
+    end, _ = solve(lambda t, x: sde.probability_flow(x, t, score_fn(x, t)), x, times[0], sde.T)
     end = jnp.tile(end, (num_probes, *[1] * (x.ndim - 1)))
     starts = jnp.append(times[1:], jnp.asarray(sde.T, x.dtype))
     (x0, _), curves = jax.lax.scan(interval, (end, -end / sde.prior_std**2), (starts, times), reverse=True)
@@ -124,7 +119,7 @@ def compare_scores(
     """One point of each curve: the distances at x, where the density of the ODE has the score `ode_score`.
 
     With num_probes = P > 1 the first axis of x, ode_score, t and probe holds the examples P times, once for each probe.
-    The result has each example once; its distances are free of the probes' variance (see `FisherCurves`).
+    The result has each example once.
     """
     score, divergence, grad_divergence = _pull_back(score_fn, x, t, probe, jnp.zeros_like(x))
     sigma_sq, g_sq = jnp.square(sde.sigma(t)), sde.diffusion_sq(t)
@@ -158,8 +153,7 @@ def _pull_back(score_fn, x, t, probe, cotangent):
 def gaussian_mixture_score(sde: SDE, weights: ArrayLike, means: ArrayLike, variances: ArrayLike) -> ScoreFn:
     """The score of p_t for data from a mixture of Gaussians p_0(x) = sum_m w_m prod_d N(x_d; mu_md, var_md).
 
-    Each component stays Gaussian, with mean alpha mu and variance alpha^2 var + sigma^2. The score is -sum_m r_m(x, t)
-    (x - alpha mu_m) / (alpha^2 var_m + sigma^2), where r_m is the posterior probability of component m.
+    It is -sum_m r_m(x, t) (x - alpha mu_m) / (alpha^2 var_m + sigma^2), r_m the probability of component m given x.
 
     Args:
         weights: [M], positive, of sum 1.

@@ -20,21 +20,15 @@ Probes = Float[Array, "K B *shape"]
 
 
 def probe(key: PRNGKeyArray, shape: tuple[int, ...], kind: str) -> Array | None:
-    """Draws the v of Hutchinson's estimate tr J = E[v . J v]. Returns None for 'exact', which needs no probe.
-
-    kind: 'rademacher' (entries +1 and -1, the least variance), 'gaussian' or 'exact'.
-    """
+    """Draws v of Hutchinson's tr J = E[v . J v]: 'rademacher' (least variance) or 'gaussian'. None for 'exact'."""
     draws = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
     return None if kind.lower() == "exact" else draws[kind.lower()](key, shape, jnp.float32)
 
 
 def probes(keys: Shaped[Array, "B *key"], shape: tuple[int, ...], kind: str, count: int) -> Array | None:
-    """Draws `count` probes an example, each a function of the example's key: [count, B, *shape], or [B, *shape] if one.
-
-    Returns None if `kind` is 'exact', which needs no probe. See `probe` for the kinds.
-    """
+    """Draws `count` probes (see `probe`) an example from its key: [count, B, *shape], or [B, *shape] if one."""
     of_keys = jax.vmap(lambda key: probe(key, shape, kind))
-    if count == 1 or kind == "exact":
+    if count == 1:
         return of_keys(keys)
     return jax.vmap(of_keys)(jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys))
 
@@ -45,18 +39,14 @@ def score_and_divergence(
     """s [B, ...] and an estimate of its divergence tr J [B], from one forward-mode pass.
 
     The estimate is v . J v for a probe [B, ...], and its mean for K probes [K, B, ...]. Without a probe the trace is
-    exact; it takes D tangents and B D^2 numbers, so it is for small D only.
+    exact, by D tangents and B D^2 numbers.
     """
-
-    def score_at(x):
-        return score_fn(x, t)
-
     if probe is None:
-        score, jacobian = score_and_jacobian(score_at, x)
+        score, jacobian = score_and_jacobian(lambda x: score_fn(x, t), x)
         return score, jnp.trace(jacobian, axis1=1, axis2=2)
 
     def directional(v):
-        score, jv = jax.jvp(score_at, (x,), (v,))
+        score, jv = jax.jvp(lambda x: score_fn(x, t), (x,), (v,))
         return score, _inner(v, jv)
 
     if probe.ndim == x.ndim:
@@ -81,11 +71,7 @@ def ode_log_likelihood(
     dx/dt = f x - g^2 s / 2 from x at eps to z at T;  log p(x) = log prior(z) + integral of (D f - g^2 tr J / 2) dt.
 
     `score_and_divergence` estimates tr J with the probe, which stays the same over the solve. The mean of the result
-    over probes is log p(x). The second of a step's six stages takes s alone: neither the result nor the error estimate
-    reads the divergence there (`ode.rk45`).
-
-    Args:
-        rtol, atol: tolerances of one step's error in the state, which is x and log p.
+    over probes is log p(x). The tolerances and `max_steps` are those of `ode.rk45` for the state x and log p.
 
     Returns:
         log p(x) in nats [B], z [B, ...], evaluations of the score [B]. log p(x) and z are NaN for an example that the
@@ -98,7 +84,7 @@ def ode_log_likelihood(
         log_rate = dim * sde.drift_coefficient(t) - 0.5 * sde.diffusion_sq(t) * divergence
         return sde.probability_flow(state[0], t, score), log_rate
 
-    def without_divergence(t, state):
+    def without_divergence(t, state):  # the second of a step's six stages needs no more (`ode.rk45`)
         return sde.probability_flow(state[0], t, score_fn(state[0], t)), jnp.zeros_like(t)
 
     state = x, jnp.zeros(x.shape[0], x.dtype)
@@ -119,17 +105,14 @@ def even_grid_log_likelihood(
 ) -> tuple[PerExample, Batch, Int[Array, "B"], PerExample]:
     """The density of `ode_log_likelihood` by `ode.adams_bashforth`, in `steps` steps that are even in log-SNR.
 
-    The embedding of the time makes a network's score rough in t, and its divergence more so. An adaptive solver has to
-    resolve this roughness, or errs by it. An even grid averages it out (benchmarks/README.md, "Likelihood").
-
-    The solver steps in w = x / c over u = log(sigma / (alpha S)) = -log_snr / 2 - log S, with S = data_std and c^2 =
-    alpha^2 + sigma^2 / S^2. At t, c S is the deviation of Gaussian data of deviation S, so w keeps the size of the data
-    at every noise level. Since g^2 / 2 dt = sigma^2 du, the ODE is
+    An even grid averages out the roughness in t of a network's score, which an adaptive solver has to resolve. The
+    solver steps in w = x / c over u = log(sigma / (alpha S)), with S = data_std and c^2 = alpha^2 + sigma^2 / S^2:
 
         dw/du = -sigma^2 r(x, t) / c,  r = s + x / (c S)^2,
         log p(x) = log prior(z) + D log(c(T) / c(eps)) - integral of sigma^2 tr(dr/dx) du.
 
-    The residual r is the score less the Gaussian's; it is 0 for such data. The density does not depend on S.
+    w keeps the size of the data at every t. The residual r is the score less that of Gaussian data of deviation S. The
+    density does not depend on S.
 
     Args:
         steps: an even number, 4 or more; UserError for another.
@@ -137,8 +120,8 @@ def even_grid_log_likelihood(
 
     Returns:
         log p(x) in nats [B], z [B, ...], evaluations of the score [B], and the change of log p(x) if every other
-        evaluation were left out [B]. This change is about the error from the roughness of the score. It does not
-        contain the formula's error for a smooth score. An example that is not finite is NaN throughout.
+        evaluation were left out [B]. This change is about the error from the roughness of the score, without the
+        formula's error for a smooth one. An example that is not finite is NaN throughout.
     """
     dim = math.prod(x.shape[1:])
 

@@ -28,49 +28,12 @@ sg = jax.lax.stop_gradient
 
 
 class DSMLosses(NamedTuple):
-    """The terms of the objective, each [B] and without its weight. A term above the requested order is 0.
-
-    In the exact form `second_frobenius` holds the whole second order.
-    """
+    """The terms, each [B] and unweighted. A term above the requested order is 0, as is `second_trace` if exact."""
 
     first: PerExample
     second_trace: PerExample
     second_frobenius: PerExample
     third: PerExample
-
-
-def _inner(a: Float[Array, "B D"], b: Float[Array, "B D"]) -> Float[Array, "B 1"]:
-    return jnp.sum(a * b, axis=-1, keepdims=True)
-
-
-def _probe_derivatives(score, x, v, order):
-    """s, J v and grad_x (v . J v), each [B, D]; None for what the order does not need."""
-
-    def directional(x):
-        s, jv = jax.jvp(score, (x,), (v,))
-        return jnp.sum(v * jv), (s, jv)
-
-    return _derivatives(score, directional, x, order)
-
-
-def _exact_derivatives(score, x, order):
-    """s [B, D], J [B, D, D] and grad_x tr J [B, D]; None for what the order does not need."""
-
-    def trace(x):
-        s, jac = score_and_jacobian(score, x)
-        return jnp.sum(jnp.trace(jac, axis1=1, axis2=2)), (s, jac)
-
-    return _derivatives(score, trace, x, order)
-
-
-def _derivatives(score, form, x, order):
-    """s, its first derivatives and the gradient of the first value of `form`: x -> (scalar, (s, derivatives))."""
-    if order == 1:
-        return score(x), None, None
-    if order == 2:
-        return *form(x)[1], None
-    gradient, (s, first) = jax.grad(form, has_aux=True)(x)
-    return s, first, gradient
 
 
 def dsm_losses(
@@ -102,46 +65,61 @@ def dsm_losses(
     mean, std = sde.marginal_prob(x0, t)
     sigma = std[:, None]  # [B, 1]
     x, z = (mean + batch_mul(std, z)).reshape(batch, dim), z.reshape(batch, dim)
-    zero = jnp.zeros(batch, x.dtype)
+    v = None if exact or v is None else v.reshape(batch, dim)
 
     def score(x):
         return score_fn(x.reshape(x0.shape), t).reshape(batch, dim)
 
+    s, derivative, gradient = _derivatives(score, x, v, order)
+    first, zero = jnp.mean(jnp.square(sigma * s + z), axis=-1), jnp.zeros(batch, x.dtype)
+    if order == 1:
+        return DSMLosses(first, zero, zero, zero)
+    c = z + sigma * sg(s)
     if exact:
-        s, jac, grad_trace = _exact_derivatives(score, x, order)
-        second, third = _exact_losses(sigma, z + sigma * sg(s), jac, grad_trace)
-        terms = zero, second, third
-    else:
-        v = jnp.zeros_like(z) if v is None else v.reshape(batch, dim)
-        s, jv, grad_vjv = _probe_derivatives(score, x, v, order)
-        terms = _probe_losses(sigma, z + sigma * sg(s), v, jv, grad_vjv)
-    first = jnp.mean(jnp.square(sigma * s + z), axis=-1)
-    return DSMLosses(first, *(zero if term is None else term for term in terms))
+        return DSMLosses(first, zero, *_exact_losses(sigma, c, derivative, gradient))
+    return DSMLosses(first, *_probe_losses(sigma, c, v, derivative, gradient))
+
+
+def _derivatives(score, x, v, order):
+    """s; J v, or J without v; and grad_x (v . J v), or grad_x tr J. None for what the order does not need."""
+
+    def form(x):
+        if v is None:
+            s, jac = score_and_jacobian(score, x)
+            return jnp.sum(jnp.trace(jac, axis1=1, axis2=2)), (s, jac)
+        s, jv = jax.jvp(score, (x,), (v,))
+        return jnp.sum(v * jv), (s, jv)
+
+    if order == 1:
+        return score(x), None, None
+    if order == 2:
+        return *form(x)[1], None
+    gradient, (s, first) = jax.grad(form, has_aux=True)(x)
+    return s, first, gradient
+
+
+def _inner(a: Float[Array, "B D"], b: Float[Array, "B D"]) -> Float[Array, "B 1"]:
+    return jnp.sum(a * b, axis=-1, keepdims=True)
 
 
 def _probe_losses(sigma, c, v, jv, grad_vjv):
-    """second_trace, second_frobenius and third, each [B], or None if their derivative is None."""
-    if jv is None:
-        return None, None, None
+    """second_trace, second_frobenius and third, each [B]. The third is 0 without its gradient."""
     dim = c.shape[-1]
     cv, vv, vjv = _inner(c, v), _inner(v, v), _inner(v, jv)  # [B, 1]
     second_trace = jnp.square((sigma**2 * vjv + vv - cv**2) / dim)[:, 0]
     second_frobenius = jnp.mean(jnp.square(sigma**2 * jv + v - cv * c), axis=-1) / dim
     if grad_vjv is None:
-        return second_trace, second_frobenius, None
+        return second_trace, second_frobenius, jnp.zeros_like(second_trace)
     residual = sigma**3 * grad_vjv + cv**2 * c - (sigma**2 * sg(vjv) + vv) * c - 2 * cv * (sigma**2 * sg(jv) + v)
     return second_trace, second_frobenius, jnp.mean(jnp.square(residual), axis=-1) / dim**2
 
 
 def _exact_losses(sigma, c, jac, grad_trace):
-    """second_frobenius and third, each [B], or None if their derivative is None."""
-    if jac is None:
-        return None, None
-    dim = c.shape[-1]
-    hessian = sigma[..., None] ** 2 * jac + jnp.eye(dim, dtype=c.dtype)  # sigma^2 J + I  [B, D, D]
+    """second_frobenius and third, each [B]. The third is 0 without its gradient."""
+    hessian = sigma[..., None] ** 2 * jac + jnp.eye(c.shape[-1], dtype=c.dtype)  # sigma^2 J + I  [B, D, D]
     second = jnp.mean(jnp.square(hessian - c[:, :, None] * c[:, None, :]), axis=(1, 2))
     if grad_trace is None:
-        return second, None
+        return second, jnp.zeros_like(second)
     hessian = sg(hessian)
     trace = jnp.trace(hessian, axis1=1, axis2=2)[:, None]  # sigma^2 tr J + D
     residual = sigma**3 * grad_trace + _inner(c, c) * c - trace * c - 2 * jnp.einsum("bij,bj->bi", hessian, c)  # [B, D]
@@ -177,7 +155,7 @@ Term = Callable[[SDE, ScoreFn, Array, Draws], Array]
 
 
 def uniform_weight(sde: SDE, t: PerExample) -> PerExample:
-    """1. It also serves importance weighting, where t already has a density proportional to g^2 / sigma^2."""
+    """1. With importance weighting, t already has a density proportional to g^2 / sigma^2."""
     return jnp.ones_like(t)
 
 
@@ -190,7 +168,7 @@ def likelihood_weight(sde: SDE, t: PerExample) -> PerExample:
 WEIGHTINGS: dict[str, Weighting] = {"uniform": uniform_weight, "likelihood": likelihood_weight}
 
 # A further term is one function and its line here. Its factor in the objective is the key `training.<name>_weight`; at
-# 0 the term is not computed. Orders 1 to 3 are not here because they share their derivatives: `dsm_losses`.
+# 0 the term is not computed. Orders 1 to 3 share their derivatives: `dsm_losses`.
 TERMS: dict[str, Term] = {}
 
 
@@ -206,9 +184,8 @@ def get_weighting(training_config: Any) -> Weighting:
 def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfParams) -> LossFn:
     """Makes the training objective of `config.training`: the batch mean of w L1 + w2 L2 + w3 L3 + further terms.
 
-    Returns a function of (params, model_state, x0 [B, ...], index [B], key) to the scalar mean loss and the terms [B]:
-    `loss`, `first` (with its weight w), `second` and `third` (without w2, w3), and the members of TERMS whose factor is
-    not 0 (without it).
+    The function returns the scalar mean loss and the terms [B]: `loss`, `first` (with its weight w), `second` and
+    `third` (without w2, w3), and the members of TERMS whose factor is not 0 (without it).
     """
     order = training_config.score_matching_order
     weighting, eps = get_weighting(training_config), training_config.smallest_time
@@ -250,9 +227,9 @@ class TrainState:
 
 
 def get_optimizer(optim_config: Any) -> optax.GradientTransformation:
-    """Adam with linear warm-up, after clipping the gradient by its GLOBAL norm. A negative `grad_clip` does not clip.
+    """Adam after clipping the gradient by its GLOBAL norm; a negative `grad_clip` does not clip.
 
-    The learning rate is lr min(step / warmup, 1), so it is 0 at the very first step, as in the public code.
+    The learning rate is lr min(step / warmup, 1), which is 0 at the very first step, as in the public code.
     """
     c = optim_config
     clip = optax.clip_by_global_norm(c.grad_clip) if c.grad_clip >= 0 else optax.identity()
@@ -282,8 +259,7 @@ def get_step_fn(
     Metrics are scalars: the batch means of the loss terms, `grad_norm` before clipping and `skipped`. An example's
     randomness follows from the step and its place in the global batch, so the number of devices does not change the
     result. A step whose loss or gradient is not finite changes nothing but `step`; `skipped` is then 1, else 0.
-    The gradient of the batch is the mean over `num_microbatches` parts, a divisor of B, taken one after another in the
-    memory of one.
+    The gradient is the mean over `num_microbatches` parts of the batch, a divisor of B, in the memory of one.
     """
 
     def step_fn(state, x0):

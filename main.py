@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from configs.check import check_config, check_key, flatten, load_config
 from errors import UserError
-from runtime import console, usage
+from runtime import console
 
 # jax, and all that needs it, is imported after the flags are checked: --help and a wrong flag do not wait for it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here; its start-up notes help nobody
@@ -24,17 +24,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data
 FLAGS = flags.FLAGS
 
 
-class ConfigFile(flags.ArgumentParser):
-    """Reads the flag by `load_config`, whose complaints are one line, not by ml_collections' own loading."""
-
+class _ConfigFile(flags.ArgumentParser):
     def parse(self, argument: str):
         return load_config(argument).lock()
 
 
 config_flags.DEFINE_config_file("config", None, "Config file; override a key with --config.a.b=c.")
-FLAGS["config"].parser = ConfigFile()
+FLAGS["config"].parser = _ConfigFile()  # its complaints are one line; those of ml_collections' own parser are not
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, samples, results.")
-flags.DEFINE_enum("mode", None, list(usage.MODES), "What to do with the model.")
+flags.DEFINE_enum("mode", None, list(console.MODES), "What to do with the model.")
 flags.DEFINE_string("eval_folder", "eval", "Folder under workdir for the results of --mode eval.")
 flags.DEFINE_string("deq_folder", "flowpp_dequantizer", "Folder under workdir of the variational dequantiser.")
 flags.DEFINE_string("coordinator_address", None, "Several hosts: address:port of the first. SLURM, TPU: not needed.")
@@ -92,15 +90,12 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags by absl. Raises UserError where a config file, an override or another flag is wrong.
-
-    It answers --help with this project's own text and ends the program; --helpfull stays absl's.
-    """
+    """Parses the flags, or answers --help (--helpfull stays absl's) and exits. Raises UserError if one is wrong."""
     if {"--help", "-help", "-h"} & set(argv[1:]):
         ours = FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("mode"))
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program without a traceback
         described = {f.name: f.help + (f" [{f.default}]" if f.default is not None else "") for f in ours}
-        print(usage.help_text(described, Path(__file__).parent))
+        print(console.help_text(described, Path(__file__).parent))
         sys.exit(0)
     try:
         return FLAGS(argv)
@@ -117,11 +112,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _abandon(message: str, error: Exception | None = None) -> None:
-    """Calls `hosts.abandon` if this process may have joined others."""
-    if "runtime.hosts" in sys.modules:
+    if "runtime.hosts" in sys.modules:  # else this process has not joined others
         from runtime import hosts
 
-        hosts.abandon(hosts.LOST if hosts.is_loss(error) else message)
+        hosts.abandon(message, error)
 
 
 _FAULTS_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}

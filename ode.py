@@ -75,9 +75,7 @@ def rk45(
     max_steps: int = 20_000,
     second_stage: Derivative | None = None,
 ) -> tuple[Any, Stats]:
-    """Solves dy/dt = fun(t, y), y(t0) = y0, up to t1 for a batch of independent examples.
-
-    Every example has its own t, h and acceptance, so its neighbours do not change its result.
+    """Solves dy/dt = fun(t, y), y(t0) = y0, up to t1 for independent examples, each with its own t, h and acceptance.
 
     Args:
         fun: (t [B], y) -> dy/dt with the structure of y. Row i may depend on t[i] and row i of y only.
@@ -115,18 +113,17 @@ def adams_bashforth(fun: Derivative, y0: Any, t0: ArrayLike, t1: ArrayLike, *, s
     """Solves dy/dt = fun(t, y), y(t0) = y0, by the third-order Adams-Bashforth formula in even steps.
 
     It takes two Dormand-Prince steps, then one evaluation a step: `steps` + STARTING_EVALUATIONS in all (Hairer et al.,
-    sec. III.1). It suits a fun that is rough in t. Between the ends every evaluation has the same weight, so the error
-    is that of an average over an even grid. Each step of `rk45` gives its six evaluations the weights 0.09, 0, 0.45,
-    0.65, -0.32 and 0.13.
+    sec. III.1). It suits a fun that is rough in t: between the ends every evaluation has the same weight, so the error
+    is that of an average over an even grid.
 
     Args:
         fun, y0, t0, t1: as for `rk45`.
-        steps: an even number, 4 or more.
+        steps: an even number, 4 or more; UserError for another.
 
     Returns:
-        y(t1), and what the trapezoidal rule would add to it if every other evaluation were left out. The latter is the
-        size of the error for entries of y whose derivative is rough; it is large or not finite if the solve diverges.
-        Both have the structure of y0. Raises UserError for another number of steps.
+        y(t1), and what the trapezoidal rule would add to it if every other evaluation were left out, both in the
+        structure of y0. The latter is the size of the error for entries of y whose derivative is rough. It is large or
+        not finite if the solve diverges.
     """
     if steps < 4 or steps % 2:
         raise UserError(f"an even grid takes an even number of steps, 4 or more, not {steps}")
@@ -153,17 +150,20 @@ def adams_bashforth(fun: Derivative, y0: Any, t0: ArrayLike, t1: ArrayLike, *, s
     return unravel(y), unravel(h[:, None] * alternating)
 
 
+_ravel = jax.vmap(lambda tree: ravel_pytree(tree)[0])  # any structure of [B, ...] -> [B, n]
+
+
 def _flat(y0, t0, t1):
     """y0 as [B, n], both times as [B], and the function from [B, n] back to the structure of y0."""
     unravel = jax.vmap(ravel_pytree(jax.tree.map(lambda leaf: leaf[0], y0))[1])
-    y = jax.vmap(_ravel)(y0)
+    y = _ravel(y0)
     t0, t1 = (jnp.broadcast_to(jnp.asarray(time, y.dtype), y.shape[:1]) for time in (t0, t1))
     return y, t0, t1, unravel
 
 
 def _on_rows(fun, unravel):
     """`fun` with y and its result as [B, n]."""
-    return lambda t, y: jax.vmap(_ravel)(fun(t, unravel(y)))
+    return lambda t, y: _ravel(fun(t, unravel(y)))
 
 
 def _trial(flows, loop, running, t1, rtol, atol):
@@ -203,10 +203,7 @@ def _trial(flows, loop, running, t1, rtol, atol):
 def dormand_prince_step(
     fun: Flow, t: Float[Array, "B"], y: Rows, f: Rows, h: Float[Array, "B"], *, second_stage: Flow | None = None
 ) -> tuple[Rows, Rows, Rows]:
-    """One step of signed size h from (t, y), with f = fun(t, y) and `second_stage` as in `rk45`.
-
-    Returns y_new, fun(t + h, y_new) and the error estimate of y_new.
-    """
+    """y_new, fun(t + h, y_new) and the error estimate of y_new, for one step of signed size h with f = fun(t, y)."""
     h_column = h[:, None]
     nodes, stages, error = (jnp.asarray(table, y.dtype) for table in (NODES, STAGES, ERROR))
 
@@ -245,10 +242,6 @@ def _starting_step(fun, t, y, t1, rtol, atol):
     h1 = jnp.where(slope <= 1e-15, jnp.maximum(1e-6, 1e-3 * h0), (0.01 / slope) ** (1 / 5))
     h = jnp.minimum(jnp.minimum(100 * h0, h1), span)
     return f0, jnp.where(jnp.isfinite(h), h, h0)
-
-
-def _ravel(tree):
-    return ravel_pytree(tree)[0]
 
 
 def _rms(x):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modes of `main.py`: `train`, `train_deq`, `evaluate` and `stats`."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from evaluators.units import code_digest
 from models.flowpp import create_dequantizer
 from runtime import hosts, launch, loop
 from runtime.devices import digest, replicate
-from runtime.locks import workdir_lock
-from runtime.records import read_json, write_json
+from runtime.records import read_json, workdir_lock, write_json
 from task import Config, Task, build, dequantizer_state
 
 
@@ -101,7 +101,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
             state=state,
             record=record,
             facts=facts,
-            loss_fn_of=_dequantizer_loss(task, model),
+            loss_fn_of=functools.partial(_dequantizer_loss, task, model),
             data_config=levels,
             n_iters=config.deq.n_iters,
             ema_rate=config.deq.ema_rate,
@@ -162,17 +162,12 @@ def _init_from(training: Config, state: losses.TrainState) -> tuple[losses.Train
     return source.replace(key=key), {"parent": parent}
 
 
-def _dequantizer_loss(task: Task, model) -> Callable[..., losses.LossFn]:
-    """Returns loss_fn_of(frozen, train), frozen = (params, model_state) of the score model."""
-    config = task.config
-    scaler = datasets.get_data_scaler(config.data.centered)
-    options = {"eps": config.training.smallest_time, "offset": config.deq.offset, "levels": task.dataset.levels}
-
-    def loss_fn_of(frozen, train=True):
-        score_fn, inverse_scaler = task.score_fn(*frozen), task.inverse_scaler
-        return dequantization.get_loss_fn(task.sde, score_fn, model, scaler, inverse_scaler, train=train, **options)
-
-    return loss_fn_of
+def _dequantizer_loss(task: Task, model, frozen: tuple, train: bool = True) -> losses.LossFn:
+    """The dequantiser's loss. frozen: (params, model_state) of the score model."""
+    scaler, score_fn = datasets.get_data_scaler(task.config.data.centered), task.score_fn(*frozen)
+    options = {"train": train, "eps": task.config.training.smallest_time, "offset": task.config.deq.offset}
+    options["levels"] = task.dataset.levels
+    return dequantization.get_loss_fn(task.sde, score_fn, model, scaler, task.inverse_scaler, **options)
 
 
 def evaluate(
@@ -223,13 +218,8 @@ def evaluate(
 def _load(task: Task, target: losses.TrainState, path: Path, out: Path) -> tuple[Context, dict[str, Any]]:
     """The evaluators' view of a checkpoint, and the facts about it that open its report."""
     state = checkpoints.into(target, checkpoints.restore(path, target).state, path)
-    config, number = task.config, int(path.name.rpartition("_")[2])
-    facts = {
-        "checkpoint": number,
-        "step": int(state.step),
-        "dataset": task.dataset.name,
-        "parameters": digest((state.ema_params, state.model_state)),
-    }
+    config, number, network = task.config, int(path.name.rpartition("_")[2]), (state.ema_params, state.model_state)
+    facts = {"checkpoint": number, "step": int(state.step), "dataset": task.dataset.name, "parameters": digest(network)}
     identity = {
         **facts,
         "data": config.data.to_dict(),
@@ -239,7 +229,7 @@ def _load(task: Task, target: losses.TrainState, path: Path, out: Path) -> tuple
         "smallest_time": config.training.smallest_time,
         "seed": config.seed,
     }
-    params, model_state = replicate((state.ema_params, state.model_state), jax.local_devices())
+    params, model_state = replicate(network, jax.local_devices())
     return Context(params, model_state, number, out, identity), facts
 
 

@@ -33,14 +33,9 @@ def ode_sampler(
     If `denoise`, one reverse-diffusion step without noise ends it: x - f_N(x) + G_N^2 s at eps, with f_N and G_N from
     `sde.discretize`. The step is one more evaluation of the score.
 
-    Returns x [B, ...] on the model's scale and evaluations of the score [B]. An example that the solver gave up on is
-    NaN.
+    Returns x [B, ...] on the model's scale and evaluations of the score [B]. x is NaN where the solver gave up.
     """
-
-    def flow(t, x):
-        return sde.probability_flow(x, t, score_fn(x, t))
-
-    x, stats = rk45(flow, z, sde.T, eps, rtol=rtol, atol=atol)
+    x, stats = rk45(lambda t, x: sde.probability_flow(x, t, score_fn(x, t)), z, sde.T, eps, rtol=rtol, atol=atol)
     if not denoise:
         return x, stats.nfe
     t = jnp.full(x.shape[0], eps, x.dtype)
@@ -71,7 +66,9 @@ def reverse_diffusion(sde, score_fn, x, t, noise, probability_flow):
 
 
 def ancestral_sampling(sde, score_fn, x, t, noise, probability_flow):
-    """The ancestral step of DDPM (VP) and NCSN (VE) (Song et al. 2021, arXiv 2011.13456, appendix F)."""
+    """The ancestral step of DDPM (VP) and NCSN (VE), always with noise (Song et al. 2021, arXiv 2011.13456, app. F)."""
+    if probability_flow:
+        raise ValueError("ancestral_sampling has no probability flow; use reverse_diffusion or euler_maruyama")
     if isinstance(sde, VESDE):
         sigma, previous = sde.discrete_sigma_pair(t)
         x_mean = x + batch_mul(sigma**2 - previous**2, score_fn(x, t))
@@ -85,10 +82,9 @@ def ancestral_sampling(sde, score_fn, x, t, noise, probability_flow):
 
 
 def langevin(sde, score_fn, x, t, noise, snr, axis_name=None):
-    """Langevin step, whose size follows from `snr` and the norms of noise and score, each averaged over the batch.
+    """Langevin step of size 2 alpha (snr |noise| / |s|)^2 (Song et al. 2021, arXiv 2011.13456, algorithms 4 and 5).
 
-    An example so depends on the others of its batch. The batch may be spread over a pmap over `axis_name` (Song et al.
-    2021, arXiv 2011.13456, algorithms 4 and 5).
+    The norms are means over the batch, which may be spread over a pmap over `axis_name`.
     """
     score = score_fn(x, t)
 
@@ -183,15 +179,14 @@ def get_sampling_fn(
         corrector = functools.partial(langevin, axis_name=axis_name)
     steps = {"predictor": predictor, "corrector": corrector, "snr": c.snr, "n_steps": c.n_steps_each}
     options = {"probability_flow": c.probability_flow, "denoise": c.noise_removal, "eps": c.smallest_time}
+    normal = functools.partial(jax.random.normal, shape=(c.n_steps_each + 1, *shape))
 
     def sample_pc(score_fn, keys):
         prior_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
 
         def noise_fn(i):
-            def noise_of(key):
-                return jax.random.normal(jax.random.fold_in(key, i), (c.n_steps_each + 1, *shape))
-
-            noise = jax.vmap(noise_of, out_axes=1)(noise_keys)  # [n_steps + 1, B, ...]
+            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(noise_keys, i)
+            noise = jax.vmap(normal, out_axes=1)(keys)  # [n_steps + 1, B, ...]
             return noise[:-1], noise[-1]
 
         x, nfe = pc_sampler(sde, score_fn, prior(prior_keys), noise_fn, **steps, **options)

@@ -4,13 +4,9 @@
 A process is two functions, log alpha(t) and sigma(t), and the standard deviation of its prior. The base class derives
 drift, diffusion, log-SNR and its inverse from these (Kingma et al. 2021, arXiv 2107.00630). Instances are frozen
 dataclasses: they are hashable, so they can be static arguments of `jax.jit`.
-
-`sigma` uses `expm1` and is exact to float32 rounding down to t = 0. The public code of the paper switches to a Taylor
-series where |log alpha| <= 1e-3; its sigma is off by up to 5e-4 relative there.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -104,10 +100,7 @@ class SDE:
         return 2 * (self.log_alpha(t) - jnp.log(self.sigma(t)))
 
     def time_at_log_snr(self, log_snr: Array) -> Array:
-        """Inverts lambda(t), elementwise, clipping t to [1e-8, T].
-
-        It bisects in log t, where float32 is relatively as fine near 0 as near 1, then takes one Newton step in t.
-        """
+        """Inverts lambda(t) for t in [1e-8, T], elementwise, by bisection in log t, as t may be near 0, and Newton."""
         low, high = jnp.full_like(log_snr, math.log(1e-8)), jnp.full_like(log_snr, math.log(self.T))
 
         def halve(_, bounds):
@@ -124,8 +117,7 @@ class SDE:
     def time(self, u: Array, eps: float, importance: bool) -> Array:
         """Maps u uniform in [0, 1] to t in [eps, T], elementwise: t is uniform or, if `importance`, lambda(t) is.
 
-        The density of t is then proportional to g^2 / sigma^2 = -d lambda / dt (Song et al. 2021, arXiv 2101.09258),
-        and u = 0 gives eps.
+        The density of t is then proportional to g^2 / sigma^2 = -d lambda / dt (Song et al. 2021, arXiv 2101.09258).
         """
         if not importance:
             return eps + u * (self.T - eps)
@@ -167,7 +159,7 @@ class VPSDE(SDE):
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
     def sigma(self, t: Array) -> Array:
-        return jnp.sqrt(-jnp.expm1(2 * self.log_alpha(t)))
+        return jnp.sqrt(-jnp.expm1(2 * self.log_alpha(t)))  # `expm1`: exact to float32 rounding down to t = 0
 
     @property
     def discrete_betas(self) -> Float[Array, "N"]:
@@ -242,19 +234,12 @@ class VESDE(SDE):
         return jnp.zeros_like(x), share * self.discrete_sigmas[index]
 
 
-def _vp(cls, model):
-    return cls(N=model.num_scales, beta_min=model.beta_min, beta_max=model.beta_max)
-
-
-def _ve(linear, model):
-    return VESDE(N=model.num_scales, sigma_min=model.sigma_min, sigma_max=model.sigma_max, linear=linear)
-
-
+# A value of `training.sde` -> the process with the constants of `config.model`
 SDES: dict[str, Callable[[Any], SDE]] = {
-    "vpsde": functools.partial(_vp, VPSDE),
-    "subvpsde": functools.partial(_vp, subVPSDE),
-    "vesde": functools.partial(_ve, False),
-    "linearvesde": functools.partial(_ve, True),
+    "vpsde": lambda model: VPSDE(model.num_scales, model.beta_min, model.beta_max),
+    "subvpsde": lambda model: subVPSDE(model.num_scales, model.beta_min, model.beta_max),
+    "vesde": lambda model: VESDE(model.num_scales, model.sigma_min, model.sigma_max),
+    "linearvesde": lambda model: VESDE(model.num_scales, model.sigma_min, model.sigma_max, linear=True),
 }
 
 

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds what a config describes, once for all modes: the SDE, the data, the network, the optimiser, their state."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import linen as nn
 
+import checkpoints
 import datasets
 import losses
 import models
 import sde_lib
 from configs.check import check_config, flatten
+from configs.default_configs import get_default_configs
 from errors import UserError
 from models import flowpp
 from models.score import get_score_fn
@@ -52,14 +57,9 @@ class Task(NamedTuple):
 
 def new_state(params: Any, model_state: Any, optimizer: Any, key: Any) -> losses.TrainState:
     """The state before the first step."""
-    return losses.TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema_params=params,
-        opt_state=jax.jit(optimizer.init)(params),  # one program, not one for each shape
-        model_state=model_state,
-        key=key,
-    )
+    opt_state = jax.jit(optimizer.init)(params)  # one program, not one for each shape
+    step = jnp.zeros((), jnp.int32)
+    return losses.TrainState(step, params, ema_params=params, opt_state=opt_state, model_state=model_state, key=key)
 
 
 def dequantizer_state(task: Task, model: flowpp.Dequantizer, images: np.ndarray | None = None) -> losses.TrainState:
@@ -93,13 +93,23 @@ def build(config: Config) -> Task:
         )
     sde, model, optimizer = sde_lib.from_config(config), models.create_model(config), losses.get_optimizer(config.optim)
     dataset = datasets.load(config.data)
-    _check_kind(config, model, dataset)
-    _check_exact(config, dataset)
+    _check_fit(config, model, dataset)
     return Task(config, sde, dataset, model, optimizer)
 
 
-def _check_kind(config: Config, model: nn.Module, dataset: datasets.Dataset) -> None:
-    """Raises UserError if the network takes another kind of data, or if points are to be dequantised."""
+def restored(workdir: Path) -> tuple[Task, Any, Any]:
+    """The task of a run, and EMA parameters and model state of its newest checkpoint. UserError without one."""
+    path = checkpoints.find(workdir / "checkpoints", 0)
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} has no config.json: it is not the workdir of a run of ours")
+    config = get_default_configs()  # for keys that came after the run
+    config.update(ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text())))
+    state = checkpoints.restore(path).state
+    return build(config), state["ema_params"], state.get("model_state", {})
+
+
+def _check_fit(config: Config, model: nn.Module, dataset: datasets.Dataset) -> None:
+    """Raises UserError if the network or an option does not fit the data: images or points, number of dimensions."""
     takes_images = getattr(model, "takes_images", dataset.is_image)
     if takes_images != dataset.is_image:
         taken, given = ("images", "points") if takes_images else ("points", "images")
@@ -112,10 +122,6 @@ def _check_kind(config: Config, model: nn.Module, dataset: datasets.Dataset) -> 
             f"eval.dequantizer=True with data.dataset={config.data.dataset!r}: points are continuous; "
             "set eval.dequantizer=False"
         )
-
-
-def _check_exact(config: Config, dataset: datasets.Dataset) -> None:
-    """Raises UserError if an exact Jacobian has so many dimensions that it would not end or not fit."""
     dim, order = math.prod(dataset.shape), config.training.score_matching_order
     asked = {
         "training.exact_jacobian=True": config.training.exact_jacobian and order > 1,

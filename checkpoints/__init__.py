@@ -2,10 +2,8 @@
 """Checkpoints: saved atomically by orbax as plain nested dicts of arrays, checked against the config when read.
 
 A checkpoint is a folder `checkpoint_<number>` with the training state and a JSON record (config, position of the data
-iterator, metrics not yet logged). orbax writes to a temporary name and renames, so a folder of the final name is whole.
-A FILE of that name is a checkpoint of the public code, see `legacy`. It is read like ours.
-
-python -m checkpoints export PATH OUT   writes one of ours as the public code would
+iterator, metrics not yet logged). A folder of the final name is whole. A FILE of that name is one of the public code,
+see `legacy`. It is read like ours.
 """
 
 import math
@@ -76,7 +74,7 @@ def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] 
             shutil.rmtree(abandoned)
         for new in path.parent.glob(f"checkpoint_*{_NEW}"):  # the run was killed as this took the place of the old one
             _take_place(new)
-        written = _new(path) if path.exists() else path
+        written = path.with_name(path.name + _NEW) if path.exists() else path
         with _checkpointer() as checkpointer:
             checkpointer.save(written, items)
         if written != path:
@@ -93,13 +91,10 @@ def save(directory: str | Path, state: Any, number: int, record: dict[str, Any] 
     return path
 
 
-def _new(path: Path) -> Path:
-    return path.with_name(path.name + _NEW)
-
-
 def _whole(path: Path) -> Path:
-    """The checkpoint that is about to take the place of `path`, else `path`, which may be half deleted meanwhile."""
-    return _new(path) if _new(path).is_dir() else path
+    """The checkpoint that is about to take the place of `path`, which may be half deleted meanwhile, else `path`."""
+    new = path.with_name(path.name + _NEW)
+    return new if new.is_dir() else path
 
 
 def _take_place(new: Path) -> None:
@@ -126,23 +121,20 @@ def latest(directory: str | Path) -> Path | None:
 
 def find(directory: str | Path, number: int, wait_s: float = 0) -> Path:
     """The checkpoint of a number, the newest if it is 0. Raises UserError if there is none after `wait_s` seconds."""
-
-    def found() -> list[int]:
-        return [n for n in all_numbers(directory) if number in (0, n)]
-
-    deadline = time.monotonic() + wait_s
-    if wait_s and not found():
-        logging.info("waiting up to %.0f s for checkpoint %s in %s", wait_s, number or "(any)", directory)
-    while not (numbers := found()) and (left := deadline - time.monotonic()) > 0:
+    deadline, is_told = time.monotonic() + wait_s, False
+    while not (numbers := [n for n in all_numbers(directory) if number in (0, n)]):
+        if (left := deadline - time.monotonic()) <= 0:
+            have = ", ".join(map(str, all_numbers(directory))) or "none"
+            wanted = "no checkpoint" if number == 0 else f"no checkpoint_{number}"
+            raise UserError(
+                f"{directory} holds {wanted} (it has: {have}); train first, give another --workdir or number, or wait "
+                "for it with eval.wait_for_checkpoints_s"
+            )
+        if not is_told:
+            logging.info("waiting up to %.0f s for checkpoint %s in %s", wait_s, number or "(any)", directory)
+            is_told = True
         time.sleep(min(left, 1 + wait_s / 100))
-    if numbers:
-        return Path(directory) / f"checkpoint_{numbers[-1]}"
-    have = ", ".join(map(str, all_numbers(directory))) or "none"
-    wanted = "no checkpoint" if number == 0 else f"no checkpoint_{number}"
-    raise UserError(
-        f"{directory} holds {wanted} (it has: {have}); train first, give another --workdir or number, or wait for it "
-        "with eval.wait_for_checkpoints_s"
-    )
+    return Path(directory) / f"checkpoint_{numbers[-1]}"
 
 
 def newest_readable(directory: str | Path) -> tuple[Path, "Checkpoint"] | None:
@@ -200,7 +192,6 @@ def restore(path: str | Path, target: Any = None) -> Checkpoint:
 
 
 def _memory() -> int:
-    """The memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

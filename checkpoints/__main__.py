@@ -10,10 +10,7 @@ from errors import UserError
 
 
 def export(path: str | Path, out: str | Path) -> None:
-    """Writes one of our checkpoints in the public code's layout, with lr and EMA rate of its config.
-
-    Raises UserError if `path` is not such a checkpoint, or if `out` exists or cannot be written.
-    """
+    """Writes the file `out`. Raises UserError if `path` is not one of ours, or if `out` exists or cannot be written."""
     if Path(path).is_file():
         raise UserError(f"{path} is a file, so in the public code's layout already; give one of our checkpoint folders")
     if Path(out).exists():

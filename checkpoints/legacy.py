@@ -6,8 +6,8 @@ The layout has parameters under the same names as ours:
     step, lr, ema_rate, rng [2], model_state, params_ema,
     optimizer: {target: params, state: {step, param_states: {<parameter>: {grad_ema, grad_sq_ema}}}}
 
-GroupNorm's scale and bias are [1, 1, 1, C] there and [C] here. A file consists of nested msgpack maps. An array is an
-extension that holds (shape, dtype's name, bytes). An array above a gigabyte is a map of flat chunks.
+GroupNorm's scale and bias are [1, 1, 1, C] there and [C] here. A file is nested msgpack maps. An array is an extension
+that holds (shape, dtype's name, bytes), or above a gigabyte a map of flat chunks.
 """
 
 import math
@@ -51,8 +51,6 @@ def load_legacy(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing, not whole or not of this layout. The message names the first difference.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist or is not a file")
     try:
         return _train_state(_read(path))
     except OSError as error:
@@ -65,14 +63,10 @@ def load_legacy(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """The file's tree with numpy arrays. Raises ValueError or msgpack's errors where it is malformed.
-
-    flax.serialization.msgpack_restore has no limits: in it 10 MB of lists in each other take 0.6 GB.
-    """
-    size = path.stat().st_size
+    """The file's tree, read within limits, which flax's reader lacks. Raises ValueError or msgpack's errors."""
+    size, entries = path.stat().st_size, 0
     if size == 0:
         raise ValueError("it is empty")
-    entries = 0
 
     def on_map(node: dict[str, Any]) -> Any:
         nonlocal entries
@@ -82,7 +76,7 @@ def _read(path: Path) -> Any:
         return _joined(node) if _CHUNKED in node else node
 
     with path.open("rb") as file:
-        # No lists: flax writes sequences as maps, and a nest of long lists, each empty so far, would fill the memory.
+        # No lists: flax writes sequences as maps, and a nest of lists would fill the memory.
         limits = {"max_array_len": 0, "max_map_len": _MAX_IN_MAP, "max_str_len": _MAX_NAME, "max_bin_len": 0}
         sizes = {"read_size": min(size, 2**20), "max_buffer_size": size, "max_ext_len": size}
         unpacker = msgpack.Unpacker(file, ext_hook=_array, object_hook=on_map, **limits, **sizes)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The score networks, by the name that `config.model.name` gives them.
 
-A new network is one function from config to module and one line in MODELS. The module's attributes `conditioning` and
-`parameterization` tell `models.score.get_score_fn` how to make a score of it. Its attribute `takes_images` tells
-whether it takes images or points; a network that takes both has no such attribute.
+A new network is one function from config to module and one line in MODELS. For the module's attributes `conditioning`
+and `parameterization` see `models.score.get_score_fn`. `takes_images` tells whether it takes images or points; a
+network that takes both has no such attribute.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def init_params(model: nn.Module, key: PRNGKeyArray, x_shape: tuple[int, ...]) -
 
 def fresh_variables(model: nn.Module, key: PRNGKeyArray, *inputs: Array) -> dict[str, Any]:
     """`model.init` on the inputs as one program, so that unused parts of the forward pass are not computed."""
-    # Optimising a program that runs once would take up to six times the compilation and change no number.
+    # To optimise a program that runs once takes up to six times the compilation and changes no number.
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
     if any(isinstance(x, jax.core.Tracer) for x in (key, *inputs)):  # another jit or eval_shape has its own options
         init = model.init

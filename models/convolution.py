@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two-dimensional convolution whose derivatives are quick on the CPU, inside a loop as outside.
 
-XLA on the CPU gives a convolution to its fast kernel if images are NHWC and weights HWIO. It brings other layouts to
-this form only in a program's entry computation (`conv_canonicalization.cc`), not in the body of a `lax.scan`. There a
-convolution of another layout takes some 90 times as long. JAX's gradients with respect to image and weights have other
-layouts. That of the weights, whose kernel is as large as the image, is slow in either form.
-Here the gradient of the image is a convolution in the standard form, of mirrored weights; a barrier keeps XLA from
-folding the mirroring into the convolution. The gradient of the weights is matrix products (benchmarks/convolution.py,
-benchmarks/unrolled_steps.py).
+XLA on the CPU gives a convolution to its fast kernel if images are NHWC and weights HWIO. JAX's gradients have other
+layouts, which XLA brings to this form outside of loops alone (`conv_canonicalization.cc`). That of the weights, whose
+kernel is as large as the image, is slow in either form. Here the gradient of the image is a convolution in the standard
+form, of mirrored weights, and that of the weights is matrix products (benchmarks/convolution.py, unrolled_steps.py).
 """
 
 from typing import Any
@@ -52,7 +49,7 @@ def _transpose_x(g, x, weight, *, stride, dilation, padding):
     for size, out, k, (low, _) in zip(x.aval.shape[1:3], g.shape[1:3], weight.shape[:2], padding, strict=True):
         start = k - 1 - low
         pads.append((start, (size - 1) * dilation + k - ((out - 1) * stride + 1) - start))
-    mirrored = lax.optimization_barrier(weight[::-1, ::-1].swapaxes(2, 3))
+    mirrored = lax.optimization_barrier(weight[::-1, ::-1].swapaxes(2, 3))  # else XLA folds the mirroring into `conv2d`
     return conv2d(g, mirrored, stride=dilation, dilation=stride, padding=pads)
 
 

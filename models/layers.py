@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the networks' blocks: activations, normalisation, dropout, affine maps, time embedding."""
+"""The parts of the networks' blocks: activations, normalisation, dropout, affine maps, time embedding.
+
+Call `conv`, `dense` and `normalize` inside a compact method.
+"""
 
 import functools
 import math
@@ -37,10 +40,7 @@ def _softmax_jvp(primals, tangents):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm over maps [..., `channels`] in groups of four channels, in 32 groups at most.
-
-    Call it inside a compact method, which names the module. Raises UserError if the groups come out uneven.
-    """
+    """GroupNorm of maps [..., `channels`] in groups of four channels, at most 32 groups; UserError if uneven."""
     num_groups = min(channels // 4, 32)
     if num_groups == 0 or channels % num_groups:
         raise UserError(
@@ -51,7 +51,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def normalize(x: Float[Array, "*shape C"]) -> Float[Array, "*shape C"]:
-    """`group_norm` of x, in float32 or wider, returned in x's type. Call it inside a compact method."""
+    """`group_norm` of x, in float32 or wider, returned in x's type."""
     return group_norm(x.shape[-1])(x).astype(x.dtype)
 
 
@@ -89,7 +89,7 @@ def _conv_of_flax(x, weight, strides, padding, **_) -> Array:
 
 
 def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0) -> nn.Conv:
-    """Convolution [B, H, W, C] -> [B, H / stride, W / stride, features] with bias. Call it inside a compact method."""
+    """Convolution [B, H, W, C] -> [B, H / stride, W / stride, features] with bias."""
     return nn.Conv(
         features,
         (size, size),
@@ -102,7 +102,7 @@ def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0)
 
 
 def dense(features: int, init_scale: float = 1.0) -> nn.Dense:
-    """Affine map of the last axis. Call it inside a compact method."""
+    """Affine map of the last axis."""
     return nn.Dense(features, kernel_init=default_init(init_scale), promote_dtype=_PROMOTE)
 
 

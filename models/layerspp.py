@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456).
 
-Flax names the parameters by the classes and by the order in which a block creates its parts. Both are those of the
-published checkpoints and must not change.
+The classes' names and the order in which a block creates its parts name the parameters, as in the published
+checkpoints: they must not change.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import up_or_down_sampling as resampling
-from models.layers import NIN, conv, default_init, dense, normalize, softmax
+from models.layers import NIN, conv, dense, normalize, softmax
 
 Image = Float[Array, "B H W C"]
 Resized = Float[Array, "B H2 W2 C2"]
@@ -86,7 +86,7 @@ class _Resampler(nn.Module):
             return resample(x, self.fir_kernel if self.fir else None, self.up)
         if self.fir:
             options = {"up": self.up, "down": not self.up, "taps": self.fir_kernel}
-            return resampling.Conv2d(features, default_init(), self.conv_size, **options)(x)
+            return resampling.Conv2d(features, self.conv_size, **options)(x)
         if self.up:
             return conv(features, self.conv_size)(resampling.naive_upsample_2d(x))
         return conv(features, self.conv_size, stride=2)(x)

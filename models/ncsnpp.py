@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The U-Nets NCSN++ and DDPM++ (Song et al. 2021, arXiv 2011.13456), as one network with options.
 
-Flax names the parameters by the order in which the parts are created. It is the order of the published checkpoints and
-must not change.
+The order in which parts are created names their parameters, as in the published checkpoints: it must not change.
 """
 
 import functools
@@ -35,7 +34,6 @@ class NCSNpp(nn.Module):
     With `dtype` "bfloat16" the feature maps and their products with weights are in bfloat16. Parameters, time
     embedding, the statistics of the normalisations, and the convolutions that read the image or write the output stay
     float32: bfloat16 pixels would be as coarse as the smallest noise.
-    With `remat` reverse mode computes each residual block again.
     """
 
     nf: int
@@ -63,7 +61,7 @@ class NCSNpp(nn.Module):
     init_scale: float
     conv_size: int
     scale_by_sigma: bool
-    remat: bool = False
+    remat: bool = False  # reverse mode computes each residual block again
     dtype: str = "float32"
 
     takes_images = True
@@ -102,9 +100,8 @@ class NCSNpp(nn.Module):
         if self.resblock_type == "biggan":
             block, names = layerspp.ResnetBlockBigGANpp, [*names, "fir", "fir_kernel"]
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        resnet = functools.partial(
-            _rematted(block) if self.remat else block, act=ACTIVATIONS[self.nonlinearity], **options
-        )
+        block = _rematted(block) if self.remat else block
+        resnet = functools.partial(block, act=ACTIVATIONS[self.nonlinearity], **options)
         return resnet, functools.partial(layerspp.AttnBlockpp, self.skip_rescale, self.init_scale)
 
     def _resampler(self, cls: Any, with_conv: bool, features: int | None = None) -> Any:
@@ -141,7 +138,7 @@ class NCSNpp(nn.Module):
     def _decode(self, h: Image, skips: list[Array], channels: int, temb: Any, train: bool) -> Array:
         """The way up, to an output with `channels` channels."""
         resnet, attention = self._parts()
-        pyramid = None
+        pyramid: Any = None
         for level, multiplier in reversed(list(enumerate(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
                 h = resnet(features=self.nf * multiplier)(jnp.concatenate([h, skips.pop()], axis=-1), temb, train)
@@ -163,9 +160,7 @@ class NCSNpp(nn.Module):
                 h = resnet(up=True)(h, temb, train)
             elif level != 0:
                 h = self._resampler(layerspp.Upsample, self.resamp_with_conv)(h)
-        if pyramid is not None and self.progressive == "output_skip":
-            return pyramid
-        return self._head(h, channels, self.init_scale)
+        return pyramid if self.progressive == "output_skip" else self._head(h, channels, self.init_scale)
 
     def _head(self, h: Image, features: int, init_scale: float) -> Array:
         h = h.astype(jnp.promote_types(h.dtype, jnp.float32))

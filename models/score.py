@@ -40,11 +40,10 @@ def get_score_fn(
 
     S = `model.sigma_data` is the standard deviation of the data. A velocity network has inputs and targets of unit
     variance at every t, for every process, and F = 0 is exact for N(0, S^2 I). The form is that of Karras et al. 2022,
-    arXiv 2206.00364, section 5, for any alpha; for VP and S = 1 it is v-prediction. It keeps sigma^3 times the second
-    derivative of the score of order one, also for VE at sigma = 50, where x itself is of order 50.
+    arXiv 2206.00364, section 5, for any alpha; for VP and S = 1 it is v-prediction.
 
     `train` switches dropout on and needs `dropout_keys`, one for each example. An example's masks are a function of its
-    key alone: they are the same in every call and do not depend on how a batch is spread over devices.
+    key alone, the same in every call.
     """
     variables = {"params": params, **model_state}
 

@@ -2,12 +2,11 @@
 """Resampling of images [B, H, W, C] by FIR filters, alone or together with a convolution (StyleGAN2, arXiv 1912.04958).
 
 All filters are separable. Their taps along one axis are normalised to sum to one. A product with a constant banded
-matrix filters an axis: it is quick on every device, and so are its derivatives of any order. On the CPU a depthwise
-convolution is slow, and XLA fuses a sum of shifted slices into the operation before it and repeats that for every tap.
+matrix filters an axis: it is quick on every device, and so are its derivatives of any order.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -17,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from models.convolution import conv2d
-from models.layers import in_dtype_of
+from models.layers import default_init, in_dtype_of
 
 Image = Float[Array, "B H W C"]
 Resampled = Float[Array, "B H2 W2 C2"]
@@ -103,7 +102,6 @@ class Conv2d(nn.Module):
     """Convolution with bias, together with a FIR filter that doubles (`up`) or halves (`down`) the image."""
 
     features: int
-    kernel_init: Callable
     size: int = 3
     up: bool = False
     down: bool = False
@@ -111,7 +109,7 @@ class Conv2d(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image) -> Resampled:
-        weight = self.param("weight", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+        weight = self.param("weight", default_init(), (self.size, self.size, x.shape[-1], self.features))
         bias = self.param("bias", jax.nn.initializers.zeros, (self.features,))
         x, weight, bias = in_dtype_of(x, weight, bias)
         if self.up:

@@ -14,12 +14,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from report import page
 from report.canvas import STYLE, png
-from report.page import figure, page, section, side_by_side, table
+from report.page import results_table
 from report.run_curves import comparisons, pictures
 from report.run_files import load
 from report.sample_grids import image_grid, point_samples
-from report.tables import as_text, config_rows, environment_rows, result_rows, results_table
 
 __all__ = ["points_picture", "results_table", "save_image_grid", "write_report", "write_summary"]
 
@@ -53,13 +53,13 @@ def write_report(workdir: str | Path, title: str | None = None, eval_folder: str
     config = html.escape(json.dumps(run.config, indent=2))
     body = [
         _results({f"Checkpoint {result.get('checkpoint', '?')}": result for result in run.results[-4:]}),
-        *(section(picture.title, figure(picture)) for picture in shown),
-        section("Config, where it differs from the default", table(config_rows({"this run": run}))),
-        section("Environment", table(environment_rows({"": run}))),
+        *(page.section(picture.title, page.figure(picture)) for picture in shown),
+        page.section("Config, where it differs from the default", page.table(page.config_rows({"this run": run}))),
+        page.section("Environment", page.table(page.environment_rows({"": run}))),
         f"<details><summary>Whole config (config.json)</summary><pre>{config}</pre></details>" if run.config else "",
     ]
     title = title or " ".join([run.workdir.resolve().name, run.dataset and f"({run.dataset})"]).strip()
-    return _write(run.workdir / "report" / "report.html", page(title, body))
+    return _write(run.workdir / "report" / "report.html", page.document(title, body))
 
 
 @mpl.rc_context(STYLE)
@@ -68,9 +68,8 @@ def write_summary(
 ) -> Path:
     """Writes one self-contained HTML page that compares several runs, label -> workdir, and returns its path.
 
-    The page starts with the table `rows`, each a mapping from column to value, and the newest results. Then come
-    pictures that compare the runs on the same data, also written beside the page as `<its stem>_<name>.png`, and each
-    run's own pictures, side by side by kind. Last come the differences of their configs and environments.
+    It starts with a table of the `rows`, column -> value. Pictures that compare runs on the same data are also written
+    beside the page as `<its stem>_<name>.png`.
     """
     path = Path(path)
     runs = {label: load(Path(workdir)) for label, workdir in workdirs.items()}
@@ -79,23 +78,23 @@ def write_summary(
     for picture in compared:
         _write(path.with_name(f"{path.stem}_{picture.name}.png"), picture.png)
     shown = [(label, picture) for label, run in runs.items() for picture in pictures(run)]
-    titles = {picture.name: picture.title for _, picture in shown}
+    titles = dict.fromkeys(picture.title for _, picture in shown)
     config_title = "Configs, where one differs from the default (marked: where they differ)"
     body = [
-        table([columns, *([as_text(row.get(column, "")) for column in columns] for row in rows)]),
+        page.table([columns, *([page.as_text(row.get(column, "")) for column in columns] for row in rows)]),
         _results({label: run.results[-1] for label, run in runs.items() if run.results}),
-        section("Compared", *map(figure, compared)),
-        *(section(titles[name], side_by_side([pair for pair in shown if pair[1].name == name])) for name in titles),
-        section(config_title, table(config_rows(runs), mark=True)),
-        section("Environments", table(environment_rows(runs))),
+        page.section("Compared", *map(page.figure, compared)),
+        *(page.section(kind, page.side_by_side([p for p in shown if p[1].title == kind])) for kind in titles),
+        page.section(config_title, page.table(page.config_rows(runs), mark=True)),
+        page.section("Environments", page.table(page.environment_rows(runs))),
     ]
-    return _write(path, page(title, body, wide=True))
+    return _write(path, page.document(title, body, wide=True))
 
 
 def _results(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the section with the results, one column for each."""
-    head = ["", *(f"{label}, step {as_text(result.get('step', '?'))}" for label, result in columns.items())]
-    return section("Results", table([head, *result_rows(list(columns.values()))]))
+    head = ["", *(f"{label}, step {page.as_text(result.get('step', '?'))}" for label, result in columns.items())]
+    return page.section("Results", page.table([head, *page.result_rows(list(columns.values()))]))
 
 
 def _write(path: Path, content: bytes) -> Path:

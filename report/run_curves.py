@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of one run and those that compare several, drawn from the files in their workdirs."""
+"""The pictures of one run and those that compare several: losses, densities, likelihoods, score diagnostics."""
 
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from errors import UserError
-from report import fisher_curves
 from report.canvas import MODEL, OTHER, PALETTE, TRUTH, Picture, panels, plus_minus, png
+from report.page import HEADLINES, VARIANTS
 from report.run_files import RunFiles, newest_npz
 from report.sample_grids import as_rows, newest_samples, over_training
-from report.tables import HEADLINES, VARIANTS
 
 TERMS = {
     "first": "First order",
@@ -24,9 +24,28 @@ TERMS = {
     "loss": "Total",
     "grad_norm": "Gradient norm before clipping",
 }
-ORDERS = ("first", "second", "third")
+ORDERS = list(TERMS)[:3]
 # The keys of eval/report_<ckpt>.json that are drawn over the checkpoints.
 LIKELIHOODS = {"bpd": "ODE", "nll": "ODE", "bound": "bound by the SDE"}
+# The score diagnostics (`diagnostics.FisherCurves`), averaged over examples.
+SCORES = {
+    "score_ode": r"model – ODE score: $|s - \nabla \log q_t|^2$",
+    "score_normal": r"model – normal: $|s + x / \sigma^2|^2$",
+    "ode_normal": r"ODE score – normal: $|\nabla \log q_t + x / \sigma^2|^2$",
+    "score_true": r"model – truth: $|s - \nabla \log p_t|^2$",
+    "ode_true": r"ODE score – truth: $|\nabla \log q_t - \nabla \log p_t|^2$",
+}
+DIVERGENCES = {
+    "divergence_normal": r"divergence – normal's: $(v \cdot J v + D / \sigma^2)^2$",
+    "grad_divergence_normal": r"its gradient (normal's is 0): $|\nabla_x (v \cdot J v)|^2$",
+}
+FISHER_REQUIRED = ("times", *list(SCORES)[:3], *DIVERGENCES)
+FISHER_CAPTION = (
+    "Score diagnostics along the ODE from data: squared distances times g², mean over examples, ± one standard error. "
+    "s: the model's score; q_t: density of its ODE; J = ds/dx; v: probe; normal: the score of N(0, σ² I)."
+)
+DECADES = 9  # The y axis of the diagnostics spans no more: at t = 1 a distance may vanish up to rounding.
+Map = tuple[np.ndarray, np.ndarray, np.ndarray]  # as `pcolormesh` takes it: x[0] [m], x[1] [n], a 2-D density [n, m]
 
 
 def pictures(run: RunFiles) -> Iterator[Picture]:
@@ -51,11 +70,11 @@ def pictures(run: RunFiles) -> Iterator[Picture]:
         yield Picture("bpd", png(figure), caption, "Likelihood of the examples")
     if len({result.get("step") for result in run.results}) > 1:
         yield from by_checkpoint({"": run}, "bpd_by_checkpoint")
-    if found := newest_npz(run.eval, "fisher_*.npz", *fisher_curves.REQUIRED):
+    if found := newest_npz(run.eval, "fisher_*.npz", *FISHER_REQUIRED):
         path, arrays = found
         figure, axes = panels(1, 2, 5.6, 4.6)
-        fisher_curves.draw(axes[0], arrays, PALETTE)
-        caption = f"{fisher_curves.CAPTION} From {path.relative_to(run.workdir)}."
+        draw_fisher(axes[0], arrays)
+        caption = f"{FISHER_CAPTION} From {path.relative_to(run.workdir)}."
         yield Picture("fisher", png(figure), caption, "Score diagnostics (Fisher curves)")
 
 
@@ -128,27 +147,44 @@ def density_2d(arrays: dict[str, np.ndarray]) -> tuple[Figure, str]:
 
     Returns the figure and a sentence for its caption. UserError if the grid is not square.
     """
-    x, n = arrays["x"], math.isqrt(len(arrays["x"]))
-    if n * n != len(x):
-        raise UserError(f"the 2-D density grid has {len(x)} points, which is not a square number")
-    axes_of_grid = x[::n, 0], x[:n, 1]
-    known = {label: arrays[key] for label, key in (("model", "model_logp"), ("truth", "true_logp")) if key in arrays}
-    maps = {label: (*axes_of_grid, np.exp(logp).reshape(n, n)) for label, logp in known.items()}
+    known = (("model", "model_logp"), ("truth", "true_logp"))
+    maps = {label: on_grid(arrays["x"], arrays[key]) for label, key in known if key in arrays}
     # A scale that reached a few peaks, or a histogram's noise, would darken all the rest.
-    top = max(np.percentile(density, 99.5) for _, _, density in maps.values())
+    top = max(np.percentile(density, 99.5) for *_, density in maps.values())
     if "true_logp" not in arrays and "data" in arrays:
-        bins, box = min(n, math.isqrt(len(arrays["data"]) // 4) + 1), [axis[[0, -1]] for axis in axes_of_grid]
-        density, across, upwards = np.histogram2d(*arrays["data"].T, bins=bins, range=box, density=True)
-        maps["true data"] = across, upwards, density
+        bins = min(math.isqrt(len(arrays["x"])), math.isqrt(len(arrays["data"]) // 4) + 1)
+        maps["true data"] = histogram_2d(arrays["x"], arrays["data"], bins)
     figure, axes = panels(1, len(maps), 5.0, 4.6, layout="compressed", sharex=True, sharey=True)
-    for ax, (label, (across, upwards, density)) in zip(axes[0], maps.items(), strict=True):
-        image = ax.pcolormesh(across, upwards, density.T, vmin=0, vmax=top)
-        ax.set(title=label, xlabel="x[0]", ylabel="x[1]", aspect="equal")
-        ax.grid(False)
+    image = draw_maps(axes[0], maps, top)
+    for ax in axes[0]:
+        ax.set(xlabel="x[0]", ylabel="x[1]")
         ax.label_outer()
     figure.colorbar(image, ax=axes, label="density (1 / unit of area)", extend="max", shrink=0.85)
     beside = f" beside {list(maps)[1]}" if len(maps) > 1 else ""
     return figure, f"Density of the ODE{beside}. Colours end at the 99.5th percentile."
+
+
+def on_grid(x: np.ndarray, logp: np.ndarray) -> Map:
+    """Returns the density at the points x [n², 2] of a square grid. UserError if there is no such n."""
+    n = math.isqrt(len(x))
+    if n * n != len(x):
+        raise UserError(f"the 2-D density grid has {len(x)} points, which is not a square number")
+    return x[::n, 0], x[:n, 1], np.exp(logp).reshape(n, n).T
+
+
+def histogram_2d(x: np.ndarray, data: np.ndarray, bins: int) -> Map:
+    """Returns the density of the data [M, 2] in bins x bins cells of the box that the grid x [n², 2] spans."""
+    density, across, upwards = np.histogram2d(*data.T, bins=bins, range=x[[0, -1]].T, density=True)
+    return across, upwards, density.T
+
+
+def draw_maps(axes: Sequence[Axes] | np.ndarray, maps: Mapping[str, Map], top: float) -> Any:
+    """Draws each map in a panel, with its label as the title. Colours span 0 to `top`. Returns the last image."""
+    for ax, (label, density) in zip(axes, maps.items(), strict=True):
+        image = ax.pcolormesh(*density, vmin=0, vmax=top)
+        ax.set(title=label, aspect="equal")
+        ax.grid(False)
+    return image
 
 
 def likelihoods(values: np.ndarray, unit: str) -> Figure:
@@ -188,6 +224,34 @@ def by_checkpoint(runs: Mapping[str, RunFiles], name: str) -> Iterator[Picture]:
     ax.legend()
     caption = f"By checkpoint, in {unit}; bars: ± one standard error over examples. From eval/report_*.json."
     yield Picture(name, png(figure), caption, "Likelihood by checkpoint")
+
+
+def draw_fisher(axes: Sequence[Axes] | np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+    """Draws the distances of scores in one panel, those of the divergence and its gradient in another, over time.
+
+    arrays: `times` [K] and for each curve that is known `<name>` [K] and perhaps `<name>_stderr` [K].
+    """
+    for ax, curves in zip(axes, (SCORES, DIVERGENCES), strict=True):
+        for (name, label), color, line in zip(
+            curves.items(), PALETTE, ("-", "--", "-.", ":", (0, (5, 1))), strict=False
+        ):
+            if name in arrays:
+                draw_curve(ax, arrays, name, color, ls=line, lw=1.6, label=label)
+        ax.set(xlabel="t", yscale="log")
+        drawn = np.concatenate([arrays[name] for name in curves if name in arrays])
+        if len(positive := drawn[drawn > 0]):
+            ax.set_ylim(max(positive.min(), positive.max() / 10**DECADES) / 2, positive.max() * 2)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
+    axes[0].set_ylabel("g² × squared distance of scores\n(nats / unit of time)")
+    axes[1].set_ylabel("g² × squared distance\n(nats per unit of time and of x², x⁴)")
+
+
+def draw_curve(ax: Axes, arrays: Mapping[str, np.ndarray], name: str, color: str, **style: Any) -> None:
+    """Draws a mean over time where it is positive, in a band of ± one standard error if that is known."""
+    mean = np.where(arrays[name] > 0, arrays[name], np.nan)
+    ax.plot(arrays["times"], mean, color=color, **style)
+    if (stderr := arrays.get(f"{name}_stderr")) is not None:
+        ax.fill_between(arrays["times"], mean - stderr, mean + stderr, color=color, alpha=0.2, lw=0)
 
 
 def comparisons(runs: Mapping[str, RunFiles]) -> Iterator[Picture]:

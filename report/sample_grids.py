@@ -24,8 +24,8 @@ def as_rows(x: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1)
 
 
-def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
-    """Returns the PNG that `report.save_image_grid` writes."""
+def tiles(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Returns the pixels [height, width (, 3)], uint8, of the PNG that `report.save_image_grid` writes."""
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"images must be [N, H, W, 1 or 3], none of them 0, not {list(images.shape)}")
     if images.dtype != np.uint8:
@@ -39,8 +39,13 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
     for i, image in enumerate(images):
         y, x = PAD + i // columns * (height + PAD), PAD + i % columns * (width + PAD)
         grid[y : y + height, x : x + width] = image
+    return grid[..., 0] if channels == 1 else grid
+
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> bytes:
+    """Returns the PNG that `report.save_image_grid` writes."""
     buffer = io.BytesIO()
-    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(buffer, format="PNG")
+    Image.fromarray(tiles(images, columns)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -72,8 +77,8 @@ def point_samples(samples: np.ndarray, data: np.ndarray | None) -> Figure:
         figure, ((ax,),) = panels(1, 1, 8.0, 3.4)
         if data is not None:
             _draw_points(ax, frame, frame, len(samples), color=TRUTH, alpha=0.5, label="true data")
-        style = {"color": MODEL, "histtype": "step", "lw": 1.6, "label": "samples of the model"}
-        _draw_points(ax, clouds[0][1], frame, len(samples), **style)
+        label, x, color = clouds[0]
+        _draw_points(ax, x, frame, len(samples), color=color, histtype="step", lw=1.6, label=label)
         ax.legend()
         return figure
     shown = min(5000, *(len(x) for _, x, _ in clouds))
@@ -85,10 +90,7 @@ def point_samples(samples: np.ndarray, data: np.ndarray | None) -> Figure:
 
 
 def _draw_points(ax: Axes, x: np.ndarray, frame: np.ndarray, n: int, dot: int = 4, **style: Any) -> None:
-    """Draws 1-D points as a histogram with bins for n points, or two coordinates of the first n others as dots.
-
-    The axes hold the points `frame` [N, D] with a margin.
-    """
+    """Draws 1-D points as a histogram with bins for n points, or two coordinates of the first n others as dots."""
     margin = 0.25 * np.ptp(frame, axis=0) + 1e-3
     low, high = frame.min(axis=0) - margin, frame.max(axis=0) + margin
     if x.shape[1] == 1:
@@ -101,10 +103,7 @@ def _draw_points(ax: Axes, x: np.ndarray, frame: np.ndarray, n: int, dot: int = 
 
 
 def over_training(run: RunFiles, most: int = 4) -> Iterator[Picture]:
-    """Draws the samples of up to `most` snapshots of the training side by side, the first and the newest among them.
-
-    Yields nothing if fewer than two snapshots drew samples. UserError if a file cannot be read.
-    """
+    """Draws samples of up to `most` snapshots side by side, the first and the newest among them, if there are two."""
     paths = numbered(run.workdir / "samples", "step_*")
     if len(paths) < 2:
         return

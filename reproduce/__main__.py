@@ -3,13 +3,13 @@
 
 python -m reproduce [--only mog_ve,digits_ve] [--fast] [--seeds 1] [--workdir runs/reproduce] [--jobs 2]
 
-Every training and evaluation is a `main.py` command, printed as it starts; `--jobs` run at a time. Finished commands
-are not repeated, and a training goes on where it was. Then the numbers go to `assets/reproduce/<experiment>.json`,
-beside those of other runs, with pictures. `--collect` does this alone. `--missing` runs only what that file has no
-numbers of, as on a second machine. The folder of a run is <workdir>/<experiment>/<variant>_seed<k>.
+Every training and evaluation is a `main.py` command, printed as it starts. The folder of a run is
+<workdir>/<experiment>/<variant>_seed<k>. Finished commands are not repeated, and a training goes on where it was. Then
+the numbers go to `assets/reproduce/<experiment>.json`, beside those of other runs, with pictures.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -38,14 +38,13 @@ def main() -> None:
     names = args.only.split(",") if args.only else list(known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(known)}")
-    known = {name: [run for run in runs if not args.seeds or run.seed < args.seeds] for name, runs in known.items()}
+    known = {name: [run for run in known[name] if not args.seeds or run.seed < args.seeds] for name in names}
     from reproduce import results
 
     failures = []
     if not args.collect:
-        wanted = {name: results.missing(name, known[name], args.out) if args.missing else known[name] for name in names}
-        failures = run_all(args.workdir, [run for name in names for run in wanted[name]], args.jobs)
-
+        wanted = (results.missing(name, known[name], args.out) if args.missing else known[name] for name in names)
+        failures = run_all(args.workdir, list(itertools.chain(*wanted)), args.jobs)
     for name in names:
         for path in results.collect(args.workdir, name, known[name], args.out):
             print(path)

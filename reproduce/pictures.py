@@ -1,47 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the studies: densities, scores and trajectories of the mixture, 2-D densities, Fisher curves, samples."""
 
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
-import matplotlib.image
 import numpy as np
+from matplotlib.figure import Figure
 
 import diagnostics
 import sde_lib
 import task
 from ode import rk45
-from report import fisher_curves, run_files
-from report.canvas import PALETTE, STYLE, TRUTH, panels, png
-from report.sample_grids import image_grid
-from reproduce.restored import restored
+from report import run_curves, run_files
+from report.canvas import PALETTE, TRUTH, panels, png
+from report.sample_grids import tiles
 
-ORDERS = ("order1", "order2", "order3")
-LABELS = {"order1": "order 1", "order2": "order 2", "order3": "order 3"}
+LABELS = {"order1": "order 1", "order2": "order 2", "order3": "order 3"}  # variants that are drawn: label
 EPS = 1e-5
 
+Arrays = Mapping[str, Mapping[str, np.ndarray]]  # variant: arrays of its evaluation
+Models = Mapping[str, tuple[task.Task, Any]]  # variant: task and score function
 
-@mpl.rc_context(STYLE)
+
 def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, Any], out: Path) -> Iterator[Path]:
     """Writes the pictures that the files of seed 0 allow, and yields their paths."""
-    shown = {run.variant: workdir / run.folder for run in runs if run.seed == 0 and run.variant in ORDERS}
-    shown = {variant: folder for variant, folder in shown.items() if (folder / "eval").exists()}
-    if not shown:
-        return
+    shown = {run.variant: workdir / run.folder for run in runs if run.seed == 0 and run.variant in LABELS}
 
-    def newest(name: str, eval_folder: str = "eval") -> dict[str, dict[str, np.ndarray]]:
-        found = {variant: run_files.newest_npz(folder / eval_folder, name) for variant, folder in shown.items()}
+    def newest(pattern: str, eval_folder: str = "eval") -> dict[str, dict[str, np.ndarray]]:
+        found = {variant: run_files.newest_npz(folder / eval_folder, pattern) for variant, folder in shown.items()}
         return {variant: of_run[1] for variant, of_run in found.items() if of_run}
 
     densities, drawn = newest("density_*.npz"), {}
     if densities and next(iter(densities.values()))["x"].shape[1] == 1:
-        models = {variant: load_model(shown[variant]) for variant in densities}
+        models = {}
+        for variant in densities:
+            built, params, model_state = task.restored(shown[variant])
+            models[variant] = built, jax.jit(built.score_fn(params, model_state))
         drawn["densities"] = mixture_densities(densities, models)
         drawn["trajectories"] = trajectories(models)
         drawn["lengths"] = by_length(result["summary"])
@@ -57,14 +55,8 @@ def pictures(workdir: Path, name: str, runs: Sequence[Any], result: dict[str, An
         yield path
 
 
-def load_model(folder: Path) -> tuple[task.Task, Any]:
-    """The task of a run and the score function of its newest checkpoint's EMA parameters."""
-    built, params, model_state = restored(folder)
-    return built, jax.jit(built.score_fn(params, model_state))
-
-
-def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[str, tuple[task.Task, Any]]):
-    """Densities of ODE and SDE and the score at two noise levels, over the truth; one column for each order."""
+def mixture_densities(densities: Arrays, models: Models) -> Figure:
+    """Draws densities of ODE and SDE and the score at two noise levels over the truth, a column for each order."""
     figure, axes = panels(3, len(densities), 4.2, 2.4, sharex="row", sharey="row")
     for column, (variant, arrays) in enumerate(densities.items()):
         x, color = arrays["x"][:, 0], PALETTE[column]
@@ -77,53 +69,46 @@ def mixture_densities(densities: dict[str, dict[str, np.ndarray]], models: dict[
         top.legend(loc="upper right")
         built, score_fn = models[variant]
         truth = diagnostics.gaussian_mixture_score(built.sde, *(built.dataset.mixture or ()))
-        for row, sigma in ((1, 0.05), (2, 0.5)):
-            grid = jnp.linspace(-1.5, 1.5, 601)[:, None]
+        grid = jnp.linspace(-1.5, 1.5, 601)[:, None]
+        for ax, sigma in zip(axes[1:, column], (0.05, 0.5), strict=True):
             times = built.sde.time_at_log_snr(jnp.full(len(grid), -2 * math.log(sigma)))
-            axes[row, column].plot(grid, truth(grid, times), color=TRUTH, lw=3, alpha=0.7, label="truth")
-            axes[row, column].plot(grid, score_fn(grid, times), color=color, lw=1.4, label="model")
-            axes[row, column].set(ylabel=rf"score at $\sigma/\alpha$ = {sigma}" if column == 0 else "", xlabel="x")
+            ax.plot(grid, truth(grid, times), color=TRUTH, lw=3, alpha=0.7, label="truth")
+            ax.plot(grid, score_fn(grid, times), color=color, lw=1.4, label="model")
+            ax.set(ylabel=rf"score at $\sigma/\alpha$ = {sigma}" if column == 0 else "", xlabel="x")
     axes[0, 0].set_ylabel("density")
     return figure
 
 
-def trajectories(models: dict[str, tuple[task.Task, Any]], paths: int = 24, knots: int = 80):
-    """Paths over the exact marginal densities: the forward SDE, then each order's ODE from data and from the prior."""
+def trajectories(models: Models, paths: int = 24, knots: int = 80) -> Figure:
+    """Draws paths over the exact marginals: of the forward SDE, of each order's ODE from data and from the prior."""
     built = next(iter(models.values()))[0]
     sde, mixture = built.sde, built.dataset.mixture
     assert mixture is not None, "a mixture of Gaussians has one"
-    data_std = float(np.sqrt(np.sum(mixture[0] * (mixture[1][:, 0] ** 2 + mixture[2][:, 0]))))
-    start, end = sde.log_snr_range(EPS, jnp.float32)
-    times = jnp.clip(sde.time_at_log_snr(jnp.linspace(start, end, knots)), EPS, sde.T)
-    at = np.asarray(jnp.linspace(start, end, knots))
+    log_snr = jnp.linspace(*sde.log_snr_range(EPS, jnp.float32), knots)
+    times = jnp.clip(sde.time_at_log_snr(log_snr), EPS, sde.T)
     x0 = jnp.asarray(built.dataset.test[np.arange(paths)])
     prior = sde.prior_sampling(jax.random.PRNGKey(1), (paths, 1))
     figure, axes = panels(2, 1 + len(models), 3.6, 2.6, sharex=True, sharey=True)
-    _draw_paths(axes[0, 0], sde, mixture, at, times, forward_sde(sde, x0, times), data_std, "forward SDE")
     axes[1, 0].set_axis_off()
-    for column, (variant, (_, score_fn)) in enumerate(models.items(), 1):
-        from_data = ode_paths(sde, score_fn, x0, times)
-        from_prior = ode_paths(sde, score_fn, prior, times[::-1])[::-1]
-        _draw_paths(axes[0, column], sde, mixture, at, times, from_data, data_std, f"{LABELS[variant]}: ODE from data")
-        _draw_paths(axes[1, column], sde, mixture, at, times, from_prior, data_std, "ODE from the prior")
+    drawn = [(axes[0, 0], "forward SDE", forward_sde(sde, x0, times))]
+    for (variant, (_, score_fn)), (top, bottom) in zip(models.items(), axes.T[1:], strict=True):
+        drawn.append((top, f"{LABELS[variant]}: ODE from data", ode_paths(sde, score_fn, x0, times)))
+        drawn.append((bottom, "ODE from the prior", ode_paths(sde, score_fn, prior, times[::-1])[::-1]))
+    data_std = np.sqrt(np.sum(mixture[0] * (mixture[1][:, 0] ** 2 + mixture[2][:, 0])))
+    size = np.hypot(sde.alpha(times) * data_std, sde.sigma(times))  # standard deviation of x_t
+    w = np.linspace(-2.5, 2.5, 200)
+    density = marginal(sde, mixture, times, w, size)
+    for ax, title, x in drawn:
+        ax.pcolormesh(log_snr, w, density, cmap="Greys", vmax=1.2, shading="nearest", rasterized=True)
+        ax.plot(log_snr, x[:, :, 0] / size[:, None], lw=0.7, color=PALETTE[0], alpha=0.8)
+        ax.set(title=title, xlim=(log_snr[0], log_snr[-1]), ylim=(-2.5, 2.5), xlabel="log-SNR", ylabel="x / std of x")
+        ax.grid(False)
+        ax.label_outer()
     return figure
 
 
-def _draw_paths(ax, sde, mixture, at, times, paths, data_std, title) -> None:
-    w = np.linspace(-2.5, 2.5, 200)
-    size = np.hypot(sde.alpha(times) * data_std, sde.sigma(times))  # standard deviation of x_t
-    ax.pcolormesh(
-        at, w, marginal(sde, mixture, times, w, size), cmap="Greys", vmax=1.2, shading="nearest", rasterized=True
-    )
-    ax.plot(at, np.asarray(paths)[:, :, 0] / size[:, None], lw=0.7, color=PALETTE[0], alpha=0.8)
-    ax.set(title=title, ylim=(-2.5, 2.5), xlabel="log-SNR", ylabel="x / std of x")
-    ax.set_xlim(at[0], at[-1])
-    ax.grid(False)
-    ax.label_outer()
-
-
-def marginal(sde, mixture, times, w: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Density of w = x_t / size, [w, times]."""
+def marginal(sde: sde_lib.SDE, mixture: Any, times: jax.Array, w: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Returns the density of w = x_t / size, [w, times]."""
     weights, means, variances = (np.asarray(a, np.float64).reshape(-1, 1, 1) for a in mixture)
     alpha, sigma = (np.asarray(f(times), np.float64) for f in (sde.alpha, sde.sigma))
     mean, variance = alpha * means / size, (alpha**2 * variances + sigma**2) / size**2
@@ -131,23 +116,16 @@ def marginal(sde, mixture, times, w: np.ndarray, size: np.ndarray) -> np.ndarray
 
 
 def forward_sde(sde: sde_lib.SDE, x0: jax.Array, times: jax.Array) -> jax.Array:
-    """x at the times [K, B, 1], by exact transitions from x0 [B, 1]."""
-    alpha, sigma = sde.alpha(times), sde.sigma(times)
-    ratio = alpha[1:] / alpha[:-1]
-    std = jnp.sqrt(jnp.maximum(sigma[1:] ** 2 - (ratio * sigma[:-1]) ** 2, 0))
+    """Returns x at the times [K, B, 1] of the SDE from x0 [B, 1]."""
+    alpha = sde.alpha(times)[:, None, None]
+    variance = (sde.sigma(times) / sde.alpha(times)) ** 2  # x / alpha is x0 plus a Brownian motion in this time
+    step = jnp.sqrt(jnp.maximum(jnp.diff(variance, prepend=0), 0))[:, None, None]
     z = jax.random.normal(jax.random.PRNGKey(0), (len(times), *x0.shape))
-
-    def step(x, k):
-        x = ratio[k] * x + std[k] * z[k + 1]
-        return x, x
-
-    first = alpha[0] * x0 + sigma[0] * z[0]
-    _, rest = jax.lax.scan(step, first, jnp.arange(len(times) - 1))
-    return jnp.concatenate([first[None], rest])
+    return alpha * (x0 + jnp.cumsum(step * z, axis=0))
 
 
 def ode_paths(sde: sde_lib.SDE, score_fn: Any, x: jax.Array, times: jax.Array) -> jax.Array:
-    """x at the times [K, B, 1] along the probability flow ODE from x at the first."""
+    """Returns x at the times [K, B, 1] along the probability flow ODE from x at the first."""
 
     def interval(x, span):
         x, _ = rk45(lambda t, x: sde.probability_flow(x, t, score_fn(x, t)), x, *span, rtol=1e-5, atol=1e-5)
@@ -157,68 +135,55 @@ def ode_paths(sde: sde_lib.SDE, score_fn: Any, x: jax.Array, times: jax.Array) -
     return jnp.concatenate([x[None], rest])
 
 
-def by_length(summary: Sequence[dict[str, Any]]):
-    """KL(data || model) of ODE and SDE over the steps of training, mean over seeds with its standard error."""
+def by_length(summary: Sequence[dict[str, Any]]) -> Figure:
+    """Draws KL(data || model) of ODE and SDE over the steps of training, mean over seeds with its standard error."""
     figure, axes = panels(1, 2, 4.2, 3.0, sharey=True)
     for ax, (metric, title) in zip(axes[0], (("kl", "ODE"), ("sde_kl", "SDE")), strict=True):
-        for variant, color in zip(ORDERS, PALETTE, strict=False):
-            rows = [row for row in summary if row["variant"] == variant and metric in row]
-            if rows:
-                values = [row[metric] for row in rows]
-                errors = [value["stderr"] or 0 for value in values]
-                label = f"{LABELS[variant]} ({values[-1]['n']} seeds)"
-                means = [value["mean"] for value in values]
-                ax.errorbar(
-                    [row["step"] for row in rows], means, errors, marker="o", capsize=3, color=color, label=label
-                )
+        for (variant, label), color in zip(LABELS.items(), PALETTE, strict=False):
+            if rows := [row for row in summary if row["variant"] == variant and metric in row]:
+                points = [(row["step"], row[metric]["mean"], row[metric]["stderr"] or 0) for row in rows]
+                label += f" ({rows[-1][metric]['n']} seeds)"
+                ax.errorbar(*zip(*points, strict=True), marker="o", capsize=3, color=color, label=label)
         ax.set(title=f"{title}: KL(data || model)", xlabel="training step", yscale="log")
     axes[0, 0].set_ylabel("nats")
     axes[0, 0].legend()
     return figure
 
 
-def maps(densities: dict[str, dict[str, np.ndarray]]):
-    """2-D densities of the ODE beside the truth or the data's histogram, on one scale."""
+def maps(densities: Arrays) -> Figure:
+    """Draws 2-D densities of the ODE beside the truth or the data's histogram, on one scale."""
     first = next(iter(densities.values()))
-    n = math.isqrt(len(first["x"]))
-    grid = first["x"][::n, 0], first["x"][:n, 1]
     if "true_logp" in first:
-        truth, *edges = np.exp(first["true_logp"]).reshape(n, n), *grid
+        data = run_curves.on_grid(first["x"], first["true_logp"])
+        top = 1.3 * np.max(data[-1])
     else:
-        box = [axis[[0, -1]] for axis in grid]
-        truth, *edges = np.histogram2d(*first["data"].T, bins=50, range=box, density=True)
-    top = 1.3 * np.max(truth) if "true_logp" in first else float(np.quantile(truth[truth > 0], 0.98))
+        data = run_curves.histogram_2d(first["x"], first["data"], 50)
+        top = float(np.quantile(data[-1][data[-1] > 0], 0.98))
     figure, axes = panels(1, 1 + len(densities), 2.8, 3.0)
-    models = {LABELS[v]: (*grid, np.exp(a["model_logp"]).reshape(n, n)) for v, a in densities.items()}
-    for ax, (title, (*places, image)) in zip(axes[0], ({"data": (*edges, truth)} | models).items(), strict=True):
-        ax.pcolormesh(*places, image.T, vmin=0, vmax=top, cmap="viridis")
-        ax.set(title=title, aspect="equal")
-        ax.grid(False)
+    models = {LABELS[v]: run_curves.on_grid(arrays["x"], arrays["model_logp"]) for v, arrays in densities.items()}
+    run_curves.draw_maps(axes[0], {"data": data} | models, top)
     return figure
 
 
-def fisher(curves: dict[str, dict[str, np.ndarray]]):
-    """Distances of the model's score from that of its ODE's density, and of both from the truth if known, by order."""
+def fisher(curves: Arrays) -> Figure:
+    """Draws the distances of the model's score from that of its ODE's density, and of both from the truth if known."""
     known = "score_true" in next(iter(curves.values()))
     names = ("score_ode", "score_true", "ode_true") if known else ("score_ode", "divergence_normal")
     figure, axes = panels(1, len(names), 4.2, 3.2)
     for ax, name in zip(axes[0], names, strict=True):
         for (variant, arrays), color in zip(curves.items(), PALETTE, strict=False):
-            mean, stderr = arrays[name], arrays[f"{name}_stderr"]
-            ax.plot(arrays["times"], mean, color=color, lw=1.5, label=LABELS[variant])
-            ax.fill_between(arrays["times"], mean - stderr, mean + stderr, color=color, alpha=0.2, lw=0)
-        ax.set(title={**fisher_curves.SCORES, **fisher_curves.DIVERGENCES}[name], xlabel="t", yscale="log")
+            run_curves.draw_curve(ax, arrays, name, color, lw=1.5, label=LABELS[variant])
+        ax.set(title=(run_curves.SCORES | run_curves.DIVERGENCES)[name], xlabel="t", yscale="log")
     axes[0, 0].set_ylabel("g² × squared distance (nats / time)")
     axes[0, 0].legend()
     return figure
 
 
-def grids(samples: dict[str, dict[str, np.ndarray]], side: int = 8):
-    """The first samples of each order, from the same noise."""
+def grids(samples: Arrays) -> Figure:
+    """Draws the first 64 samples of each order, from the same noise."""
     figure, axes = panels(1, len(samples), 3.2, 3.4)
     for ax, (variant, arrays) in zip(axes[0], samples.items(), strict=True):
-        grid = mpl.image.imread(io.BytesIO(image_grid(arrays["samples"][: side * side], side)))
-        ax.imshow(grid, cmap="gray")
-        ax.set(title=LABELS[variant])
+        ax.imshow(tiles(arrays["samples"][:64], 8), cmap="gray")
+        ax.set_title(LABELS[variant])
         ax.set_axis_off()
     return figure

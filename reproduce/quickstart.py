@@ -3,8 +3,7 @@
 
 Trains the 1-D mixture of Gaussians at orders 1, 2 and 3 (same steps, same seed), evaluates each exactly, trains the 8x8
 digits briefly and evaluates their test bits/dim. Every step is a `main.py` command, printed as it starts; two run at a
-time. Started again, it does not repeat what is finished. A run's folder is named after its number of steps, so a call
-with another number trains anew.
+time. What is finished is not repeated, but another number of steps is another run.
 """
 
 import argparse
@@ -25,15 +24,13 @@ ORDERS = (1, 2, 3)
 def runs_of(mog_steps: int, digits_steps: int) -> dict[str, Run]:
     """Label -> run."""
 
-    def steps(n: int) -> tuple[str, str]:
-        return f"training.n_iters={n}", f"training.snapshot_freq={n}"
+    def run(name: str, config: str, steps: int, *overrides: str) -> Run:
+        length = f"training.n_iters={steps}", f"training.snapshot_freq={steps}"
+        return Run("", f"{name}_{steps}", 42, config, (*overrides, *length))
 
-    runs = {}
-    for n in ORDERS:
-        overrides = (f"training.score_matching_order={n}", *steps(mog_steps))
-        runs[f"mixture, order {n}"] = Run("", f"mog_order{n}_{mog_steps}", 42, "configs/toy/mog_ve.py", overrides)
-    digits = Run("", f"digits_{digits_steps}", 42, "configs/digits/ve_ncsnpp.py", steps(digits_steps))
-    return {**runs, "8x8 digits": digits}
+    order = {n: f"training.score_matching_order={n}" for n in ORDERS}
+    runs = {f"mixture, order {n}": run(f"mog_order{n}", "configs/toy/mog_ve.py", mog_steps, order[n]) for n in ORDERS}
+    return {**runs, "8x8 digits": run("digits", "configs/digits/ve_ncsnpp.py", digits_steps)}
 
 
 def main() -> None:
@@ -50,25 +47,19 @@ def main() -> None:
     folders = {label: args.workdir / run.folder for label, run in runs.items()}
     *mixtures, digits = (load(folder).results[-1] for folder in folders.values())
     bpd, reference = digits["bpd"], digits["gaussian_bpd"]
-
-    summary = {f"mog_order{n}_nll": result["exact_nll"] for n, result in zip(ORDERS, mixtures, strict=True)}
+    summary, rows = {}, []
+    for n, result in zip(ORDERS, mixtures, strict=True):
+        summary[f"mog_order{n}_nll"] = result["exact_nll"]
+        nll, entropy = (f"{result[key]:.4f} nats" for key in ("exact_nll", "true_entropy"))
+        gap = f"{result['kl']:.4f} nats = KL(data || model)"
+        rows.append((f"1-D mixture, VE, order {n}", nll, f"{entropy} (entropy of the data)", gap))
     summary |= {"mog_true_entropy": mixtures[0]["true_entropy"], "digits_bpd": bpd["mean"]}
     summary |= {"digits_bpd_stderr": bpd["stderr"], "digits_gaussian_bpd": reference}
     summary["seconds"] = round(time.monotonic() - start, 1)
     (args.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-    columns: list[str] = ["run", "NLL or bpd", "reference", "difference"]
-    rows = [
-        (
-            f"1-D mixture, VE, order {n}",
-            f"{result['exact_nll']:.4f} nats",
-            f"{result['true_entropy']:.4f} nats (entropy of the data)",
-            f"{result['kl']:.4f} nats = KL(data || model)",
-        )
-        for n, result in zip(ORDERS, mixtures, strict=True)
-    ]
     of_digits = f"{bpd['mean']:.3f} ± {bpd['stderr']:.3f} bits/dim", f"{reference:.3f} bits/dim (fitted Gaussian)"
     rows.append(("8x8 digits, VE, order 1", *of_digits, f"{bpd['mean'] - reference:.3f} bits/dim"))
+    columns: list[str] = ["run", "NLL or bpd", "reference", "difference"]
     table = [dict(zip(columns, row, strict=True)) for row in rows]
     page = report.write_summary(args.workdir / "report.html", "Quickstart", folders, table)
     print(json.dumps(summary, indent=1))

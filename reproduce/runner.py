@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs commands unless they are done, and lists of runs several at a time."""
 
-import concurrent.futures
-import graphlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +49,7 @@ def run_unless_done(mark: Path, log: Path, *command: str) -> None:
         mark.touch()
 
 
-def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -> None:
+def do(workdir: Path, run: Run, predecessor: Future | None) -> None:
     """Trains and evaluates a run, except for what is done. Outputs go to files beside its folder.
 
     Raises what the predecessor, the run that this one starts from, has raised.
@@ -70,18 +69,15 @@ def do(workdir: Path, run: Run, predecessor: concurrent.futures.Future | None) -
         flags = (f"--config={run.config}", f"--workdir={folder}", f"--mode={mode}")
         return ["main.py", *flags, *(f"--config.{key}" for key in keys)]
 
-    def log(name: str) -> Path:
-        return folder.with_name(f"{folder.name}.{name}.log")
-
     marks = [folder / name / "whole" for name, _ in run.evaluations]
     if not marks or not all(mark.exists() for mark in marks):
-        run_python(log("train"), *command("train"))
+        run_python(Path(f"{folder}.train.log"), *command("train"))
     for (name, overrides), mark in zip(run.evaluations, marks, strict=True):
-        run_unless_done(mark, log(name), *command("eval", *overrides), f"--eval_folder={name}")
+        run_unless_done(mark, Path(f"{folder}.{name}.log"), *command("eval", *overrides), f"--eval_folder={name}")
 
 
 def with_predecessors(runs: Sequence[Run]) -> list[Run]:
-    """The runs, each behind the one it starts from, which is trained only if it was not asked for."""
+    """The runs, each behind the one it starts from. That one is not evaluated unless it is among `runs`."""
     listed = {run.folder: run for run in runs}
     result: dict[Path, Run] = {}
 
@@ -97,21 +93,18 @@ def with_predecessors(runs: Sequence[Run]) -> list[Run]:
 
 def run_all(workdir: Path, runs: Sequence[Run], jobs: int) -> list[str]:
     """Runs them `jobs` at a time, each after the one it starts from. Returns a line for each that failed, in order."""
-    everything = {run.folder: run for run in with_predecessors(runs)}
-    graph = graphlib.TopologicalSorter({f: [run.after.folder] if run.after else [] for f, run in everything.items()})
-    graph.prepare()
-    futures: dict[Path, concurrent.futures.Future] = {}
-    finished: set[Path] = set()
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        while graph.is_active():
-            for folder in graph.get_ready():
-                run = everything[folder]
-                futures[folder] = pool.submit(do, workdir, run, futures[run.after.folder] if run.after else None)
-            under_way = {future: folder for folder, future in futures.items() if folder not in finished}
-            done, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
-            graph.done(*(under_way[future] for future in done))
-            finished.update(under_way[future] for future in done)
-    failures = {folder: error for folder in everything if (error := futures[folder].exception()) is not None}
+    everything = with_predecessors(runs)
+    futures: dict[Path, Future] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting := [run for run in everything if run.folder not in futures]:
+            under_way = {future for future in futures.values() if not future.done()}
+            for run in waiting:
+                predecessor = futures.get(run.after.folder) if run.after else None
+                if run.after is None or (predecessor is not None and predecessor not in under_way):
+                    futures[run.folder] = pool.submit(do, workdir, run, predecessor)
+                    under_way.add(futures[run.folder])
+            wait(under_way, return_when=FIRST_COMPLETED)
+    failures = {run.folder: error for run in everything if (error := futures[run.folder].exception()) is not None}
     for error in failures.values():
         if not isinstance(error, UserError):
             raise error

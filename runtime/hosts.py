@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several hosts as one run, by `jax.distributed`."""
+"""Several hosts as one run, by `jax.distributed`: how they join, what they agree on, signals that stop them."""
 
+import collections
+import contextlib
 import ctypes
 import hashlib
 import os
 import re
 import signal
 import sys
+from types import FrameType
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -26,7 +31,7 @@ _OF_A_LOSS = re.compile(
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _ON_ABORT(_: int) -> None:  # noqa: N802
-    """Ends the process in one line where JAX aborts it: its thread hears of a dead host and can raise no exception."""
+    """Ends the process in one line where a thread of JAX hears of a dead host and aborts."""
     abandon(LOST)
 
 
@@ -41,22 +46,17 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if 0 < len(missing) < 3:
         raise UserError(f"several hosts need {', '.join(names)}: {' and '.join(missing)} missing")
-    if missing and not _scheduled():
-        return
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id} must be in 0 .. --num_processes - 1 = {num_processes - 1}")
-    if num_processes == 1:
+    slurm = "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    scheduled = slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if num_processes == 1 or (missing and not scheduled):
         return
     # Else a process may run two programs at once on the CPU, whose sums over the hosts meet the wrong partners.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            initialization_timeout=120,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-        )
+        timeouts: dict[str, Any] = {"initialization_timeout": 120, "heartbeat_timeout_seconds": HEARTBEAT_S}
+        jax.distributed.initialize(coordinator_address, num_processes, process_id, **timeouts)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         where = coordinator_address or "the scheduler's coordinator"
@@ -82,19 +82,58 @@ def check_same(facts: str) -> None:
         )
 
 
-def is_loss(error: Exception | None) -> bool:
-    """Whether this is the error that a collective raises when another host has died."""
-    return isinstance(error, (ValueError, RuntimeError)) and bool(_OF_A_LOSS.search(str(error)))
+def abandon(message: str, error: Exception | None = None) -> None:
+    """Ends this process at once if it is one of several: the others must see it die, or they would wait for it.
 
-
-def abandon(message: str) -> None:
-    """Ends this process at once if it is one of several: the others must see it die, or they would wait for it."""
+    If `error` is what a collective raises when another host has died, the message is `LOST`.
+    """
     if jax.distributed.is_initialized():
-        print(message, file=sys.stderr, flush=True)
+        is_loss = isinstance(error, (ValueError, RuntimeError)) and _OF_A_LOSS.search(str(error))
+        print(LOST if is_loss else message, file=sys.stderr, flush=True)
         os._exit(1)
 
 
-def _scheduled() -> bool:
-    """Whether this process is in a SLURM step of several tasks, or on one of several workers of a TPU pod."""
-    slurm = "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    return slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+class StopRequest:
+    """Inside `with`, the first SIGTERM or SIGINT is noted, not obeyed; a second one ends the process as usual.
+
+    All hosts must leave a loop with collectives after the same step. So each tells the others of a signal by a sum over
+    all devices at every step. The sum is read two steps later, when it costs no waiting.
+    """
+
+    def __init__(self):
+        self.signal = ""
+        self._previous = {}
+        self._sums: collections.deque = collections.deque()
+        self._already = 0  # how many of the sums under way are from before the save that was agreed last
+        self._sum = jax.pmap(lambda flag: jax.lax.psum(flag, "hosts"), axis_name="hosts")
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # this is not the main thread, which alone gets signals
+            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        self.__exit__()
+
+    def agreed(self, due: bool) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save, after this step. All hosts call it once after each step.
+
+        due: whether this host's clock asks for a save. Only the first host's counts, once until that save is due.
+        """
+        if jax.process_count() == 1:
+            return bool(self.signal), due
+        flags = np.array([bool(self.signal), due and jax.process_index() == 0], np.float32)
+        self._sums.append(self._sum(jnp.asarray(np.stack([flags] * jax.local_device_count()))))
+        if len(self._sums) <= 2:
+            return False, False
+        stop, due = (np.asarray(self._sums.popleft().addressable_data(0)).reshape(-1) > 0).tolist()
+        if stop and not self.signal:
+            self.signal = "a signal to another host"
+        due = due and not self._already
+        self._already = len(self._sums) if due else max(0, self._already - 1)
+        return stop, due

@@ -42,10 +42,7 @@ def git_commit(folder: Path) -> str:
 
 
 def record(directory: Path, config: Config, step: int) -> None:
-    """Writes `directory/config.json` and adds this launch, which goes on from `step`, to `run.json`; first host alone.
-
-    Raises UserError if `run.json` is damaged.
-    """
+    """Writes `config.json` and adds this launch, which goes on from `step`, to `run.json`; the first host alone."""
     if jax.process_index() != 0:
         return
     write_json(directory / "config.json", config.to_dict())
@@ -59,14 +56,14 @@ def record(directory: Path, config: Config, step: int) -> None:
         "commit": git_commit(CODE),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
-        "devices": f"{jax.device_count()} x {_device_kinds(' and ')} of {jax.process_count()} host(s)",
+        "devices": f"{jax.device_count()} x {_device_kinds()} of {jax.process_count()} host(s)",
         "platform": platform.platform(),
     }
     write_json(path, {"launches": [*launches, facts]})
 
 
-def _device_kinds(separator: str) -> str:
-    return separator.join(sorted({device.device_kind for device in jax.devices()}))
+def _device_kinds() -> str:
+    return " and ".join(sorted({device.device_kind for device in jax.devices()}))
 
 
 def precision(config: Config) -> str:
@@ -104,7 +101,7 @@ def _facts(task: Task, state: losses.TrainState, batch_size: int) -> dict[str, s
     dataset, shape = task.dataset, " x ".join(map(str, task.dataset.shape))
     devices = f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} host(s)"
     return {
-        "devices": f"batch {batch_size} on {devices}: {_device_kinds(', ')}",
+        "devices": f"batch {batch_size} on {devices}: {_device_kinds()}",
         "data": f"{len(dataset.train):,} training and {len(dataset.test):,} test examples of {shape}",
         "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
         "products": precision(task.config),

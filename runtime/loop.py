@@ -27,7 +27,6 @@ from configs.resume import BY_MACHINE
 from errors import UserError
 from runtime import hosts, launch
 from runtime.devices import all_devices, digest, first, on_this_host, replicate, shard
-from runtime.interrupts import StopRequest
 from runtime.records import MetricsLog, Pending
 from runtime.trackers import open_trackers
 from task import Config, Task
@@ -63,7 +62,7 @@ def run(job: Job) -> losses.TrainState:
         check_hosts(config, digest((job.state, job.frozen)))
     launch.record(directory, config, int(job.state.step))
     launch.log_start(job.task, job.state, job.what, job.n_iters)
-    with StopRequest() as stop, contextlib.closing(_Loop(job)) as loop:
+    with hosts.StopRequest() as stop, contextlib.closing(_Loop(job)) as loop:
         state = loop.run(stop)
     if jax.process_index() == 0:
         places = {
@@ -122,7 +121,7 @@ class _Loop:
             trackers = open_trackers(job.directory, self.step, self.training.wandb_project, config.to_dict())
         self.log = MetricsLog(path, self.step, trackers)
 
-    def run(self, stop: StopRequest) -> losses.TrainState:
+    def run(self, stop: hosts.StopRequest) -> losses.TrainState:
         job, training, jitted = self.job, self.training, self.training.n_jitted_steps
         clock, programs = None, {}
         for x, index in _grouped(self.loader, jitted, first=jitted - self.step % jitted):
@@ -239,12 +238,11 @@ def _eval_fn(job: Job) -> Callable[[losses.TrainState], tuple[dict[str, float], 
     time, so the curve shows the network and not the draw.
     """
     dataset, data_config, config = job.task.dataset, job.data_config, job.task.config
+    devices = jax.device_count()
     size = config.training.batch_size * (1 if dataset.is_image else 8)
-    size = min(size, len(dataset.test)) // jax.device_count() * jax.device_count()
+    size = min(size, len(dataset.test)) // devices * devices
     if size == 0:
-        raise UserError(
-            f"the test split of {dataset.name} has fewer examples than there are devices, {jax.device_count()}"
-        )
+        raise UserError(f"the test split of {dataset.name} has fewer examples than there are devices, {devices}")
     index = np.arange(size).reshape(jax.process_count(), -1)[jax.process_index()]
     dequantize = data_config.uniform_dequantization
     x = datasets.eval_batch(dataset, data_config, "test", index, seed=config.seed, dequantize=dequantize)
@@ -267,10 +265,7 @@ def _eval_fn(job: Job) -> Callable[[losses.TrainState], tuple[dict[str, float], 
 
 
 def shown(means: dict[str, float]) -> str:
-    """Formats means for the console: the loss, its terms if there are several, the gradient's norm.
-
-    A term that is off is 0 and is left out.
-    """
+    """Formats means for the console: the loss, its terms if several are on (not 0), the gradient's norm."""
     terms = [name for name, value in means.items() if value and name not in ("loss", "grad_norm", "skipped")]
     names = ["loss", *(terms if len(terms) > 1 else ()), "grad_norm"]
     return "  ".join(f"{name} {means[name]:.4g}" for name in names)
@@ -302,8 +297,7 @@ class _Clock:
 def _grouped(loader: Any, n: int, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields n batches for one call of the step: x [local devices, n, B / devices, ...], example index [n, B].
 
-    The first call has `first` batches. A run that was stopped between multiples of n so reaches the next multiple;
-    logs, evaluations and checkpoints fall on multiples of n.
+    The first call has `first` batches, after which a run that was stopped between multiples of n is at one again.
     """
     for count in itertools.chain([first], itertools.repeat(n)):
         batches = [next(loader) for _ in range(count)]

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run: JSON and npz files that are never half written, and the log of its metrics."""
+"""The files of a run: JSON and npz files that are never half written, the lock of the folder, the log of metrics."""
 
 import contextlib
+import fcntl
 import json
 import math
+import os
+import socket
 import statistics
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 
 from errors import UserError
@@ -18,7 +23,7 @@ from runtime.trackers import Tracker
 
 @contextlib.contextmanager
 def _replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is whole, so that a reader never sees half a file."""
+    """Yields a file that takes the place of `path` once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
@@ -27,7 +32,7 @@ def _replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON. The file at `path` is whole at any time."""
+    """Writes JSON."""
     with _replaced(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
@@ -41,7 +46,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Writes compressed arrays. The file at `path` is whole at any time."""
+    """Writes compressed arrays."""
     with _replaced(path) as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
@@ -61,11 +66,38 @@ def write_npz_rows(path: Path, name: str, count: int, chunks: Iterable[np.ndarra
             file.write(np.ascontiguousarray(chunk).data)
 
 
-class MetricsLog:
-    """Writes the metrics of a run to `metrics.jsonl` and the trackers. One process of a run does so.
+@contextlib.contextmanager
+def workdir_lock(workdir: Path):
+    """Holds `workdir/.lock` against other processes; the operating system releases it however this process ends.
 
-    Opened at a step, it takes back what was logged after that step.
+    Of several hosts the first holds it. Raises UserError if another run has it, or if the folder cannot be written.
     """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"another run is at work in --workdir {workdir} ({holder}); wait for it, stop it, or use another folder"
+            ) from error
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        file.flush()
+        yield
+
+
+class MetricsLog:
+    """Writes the metrics of a run to `metrics.jsonl` and the trackers; takes back what was logged after `step`."""
 
     def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []

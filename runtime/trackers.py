@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trackers, which get the metrics of a run beside `metrics.jsonl`: TensorBoard and, on request, Weights & Biases.
-
-`records.MetricsLog` calls them. It names metrics `split/name` and gives them finite numbers only.
-"""
+"""Trackers, to which `records.MetricsLog` gives the finite metrics of a run: TensorBoard and Weights & Biases."""
 
 import importlib
 import io
@@ -59,14 +56,8 @@ class WeightsAndBiases:
             run_id.parent.mkdir(parents=True, exist_ok=True)
             run_id.write_text(secrets.token_hex(8))
         try:
-            self._run = wandb.init(
-                project=project,
-                name=workdir.resolve().name,
-                id=run_id.read_text().strip(),
-                dir=str(workdir),
-                config=dict(config),
-                resume="allow",
-            )
+            names = {"project": project, "name": workdir.resolve().name, "id": run_id.read_text().strip()}
+            self._run = wandb.init(**names, dir=str(workdir), config=dict(config), resume="allow")
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise UserError(
@@ -91,10 +82,7 @@ Tracker = TensorBoard | WeightsAndBiases
 
 
 def open_trackers(workdir: Path, step: int, wandb_project: str, config: Mapping[str, Any]) -> list[Tracker]:
-    """TensorBoard and, if a project is named, Weights & Biases, for a run that goes on from `step`.
-
-    Raises UserError if wandb is wanted and not installed, or refuses.
-    """
+    """TensorBoard and, if a project is named, Weights & Biases. UserError if wandb is not installed, or refuses."""
     trackers: list[Tracker] = [TensorBoard(workdir, step)]
     if wandb_project:
         trackers.append(WeightsAndBiases(workdir, wandb_project, config))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from diagnostics import FisherCurves
 from errors import UserError
-from report import fisher_curves, run_curves, run_files
+from report import run_curves, run_files
 
 
 def curves(times, names):
@@ -34,17 +34,15 @@ def test_picture_of_the_newest_file(run):
 
 
 def test_every_curve_is_drawn_as_it_is():
-    assert {*fisher_curves.SCORES, *fisher_curves.DIVERGENCES} == set(FisherCurves._fields)
+    assert {*run_curves.SCORES, *run_curves.DIVERGENCES} == set(FisherCurves._fields)
     times = np.linspace(1e-3, 1, 30)
     arrays = curves(times, FisherCurves._fields)
-    for names in (FisherCurves._fields, fisher_curves.REQUIRED[1:]):
+    for names in (FisherCurves._fields, run_curves.FISHER_REQUIRED[1:]):
         axes = Figure().subplots(1, 2)
-        fisher_curves.draw(
-            axes,
-            {k: v for k, v in arrays.items() if k.removesuffix("_stderr") in ("times", *names)},
-            run_curves.PALETTE,
+        run_curves.draw_fisher(
+            axes, {k: v for k, v in arrays.items() if k.removesuffix("_stderr") in ("times", *names)}
         )
-        for ax, labels in zip(axes, (fisher_curves.SCORES, fisher_curves.DIVERGENCES), strict=True):
+        for ax, labels in zip(axes, (run_curves.SCORES, run_curves.DIVERGENCES), strict=True):
             assert ax.get_yscale() == "log" and ax.get_xlabel() == "t" and "nats" in ax.get_ylabel()
             lines = {line.get_label(): line for line in ax.get_lines()}
             assert set(lines) == {label for name, label in labels.items() if name in names}
@@ -57,9 +55,9 @@ def test_every_curve_is_drawn_as_it_is():
 
 def test_a_distance_that_vanishes_does_not_stretch_the_axis():
     times = np.linspace(1e-3, 1, 5)
-    arrays = {name: np.array([1e5, 1e3, 10, 1, 1e-13]) for name in fisher_curves.REQUIRED} | {"times": times}
+    arrays = {name: np.array([1e5, 1e3, 10, 1, 1e-13]) for name in run_curves.FISHER_REQUIRED} | {"times": times}
     axes = Figure().subplots(1, 2)
-    fisher_curves.draw(axes, arrays, run_curves.PALETTE)
+    run_curves.draw_fisher(axes, arrays)
     bottom, top = axes[0].get_ylim()
     assert top > 1e5 and 1e9 < top / bottom < 1e10
 

@@ -15,9 +15,8 @@ from quick import jit
 
 from errors import UserError
 from models.flowpp import NETWORKS, create_dequantizer, init_params
-from models.flowpp.dequantizer import Dequantizer, Norm
+from models.flowpp.dequantizer import Dequantizer, Mixture, Norm, inverse_mixture_logit, mixture_logit
 from models.flowpp.layers import conv, dense
-from models.flowpp.logistic import Mixture, inverse_mixture_logit, mixture_logit
 
 TINY = dict(filters=8, components=3, blocks=1, heads=2, steps=2, context_filters=4, context_blocks=1)
 LAYOUTS = {

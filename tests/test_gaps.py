@@ -12,9 +12,9 @@ from quick import jit
 import datasets
 import diagnostics
 from errors import UserError
-from reproduce.restored import restored
 from reproduce.studies import gaps, pairs
 from sde_lib import VESDE, VPSDE
+from task import restored
 
 NOISE = (0.02, 0.2, 1.5)
 

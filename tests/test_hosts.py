@@ -14,7 +14,6 @@ from PIL import Image
 
 import checkpoints
 from runtime import hosts
-from runtime.interrupts import StopRequest
 from task import build
 from tests.test_interruptions import ENVIRONMENT, FLAGS, ROOT, command, finish, wait_until
 from tests.tiny import tiny_digits
@@ -181,7 +180,7 @@ def test_a_save_is_due_by_the_clock_of_the_first_host(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for index, saves in ((0, [2, 7]), (1, [])):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        request = StopRequest()
+        request = hosts.StopRequest()
         due = [True] * 3 + [False] * 2 + [True] * 3 + [False] * 4  # true until it was saved
         answers = [request.agreed(step) for step in due]
         assert [i for i, (_, save) in enumerate(answers) if save] == saves

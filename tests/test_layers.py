@@ -68,7 +68,7 @@ def build(case) -> Any:
         case "nin":
             return layers.NIN(5)
         case "conv2d":
-            return up_or_down_sampling.Conv2d(12, layers.default_init())
+            return up_or_down_sampling.Conv2d(12)
         case "groupnorm":
             return group_norm(8)
 
@@ -130,7 +130,7 @@ def test_fresh_convolution_has_variance_of_fan_avg():
         np.testing.assert_allclose(np.var(params["kernel"]), expected, rtol=0.02)
         assert np.abs(params["kernel"]).max() < np.sqrt(3.001 * expected)
         assert not params["bias"].any()
-    weight = fresh_params(up_or_down_sampling.Conv2d(128, layers.default_init()), x)["weight"]
+    weight = fresh_params(up_or_down_sampling.Conv2d(128), x)["weight"]
     np.testing.assert_allclose(np.var(weight), variance, rtol=0.02)
 
 

@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from errors import UserError
-from runtime.locks import workdir_lock
+from runtime.records import workdir_lock
 
 HOLD = """
 import pathlib, sys, time
-from runtime import locks
-with locks.workdir_lock(pathlib.Path(sys.argv[1])):
+from runtime import records
+with records.workdir_lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -17,7 +17,7 @@ import run_lib
 from configs.check import check_config, check_key
 from configs.default_toy_configs import get_toy_configs
 from errors import UserError
-from runtime import launch, usage
+from runtime import console, launch
 from tests.test_interruptions import CACHE, ENVIRONMENT, FLAGS
 from tests.tiny import tiny_digits
 
@@ -305,11 +305,11 @@ def test_help_names_every_mode_flag_and_config_at_once():
     command = [sys.executable, "-c", f"{heavy}; {program}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.endswith("[]\n")  # nothing heavy was imported for it
-    for word in ("--config ", "--workdir ", "--mode ", "--eval_folder ", "--coordinator_address ", *usage.MODES):
+    for word in ("--config ", "--workdir ", "--mode ", "--eval_folder ", "--coordinator_address ", *console.MODES):
         assert f"  {word}" in done.stdout
     configs = {str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*/*.py") if p.name != "__init__.py"}
     assert set(re.findall(r"^  (configs/\S+)", done.stdout, re.MULTILINE)) == configs
-    assert max(map(len, done.stdout.splitlines())) <= usage.WIDTH
+    assert max(map(len, done.stdout.splitlines())) <= console.WIDTH
     assert main("--help").stdout + "[]\n" == done.stdout
     missing = main("--mode=train")
     assert missing.returncode == 1 and "error: --config must be given; python main.py --help" in missing.stderr
@@ -324,13 +324,13 @@ def test_help_may_be_cut_short():
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("example", usage.EXAMPLES)
+@pytest.mark.parametrize("example", console.EXAMPLES)
 def test_examples_of_the_help_are_right(example):
     for argument in example.split():
         if argument.startswith("--config."):
             check_key(argument.removeprefix("--config.").partition("=")[0])
     arguments = dict(zip(example.split()[2::2], example.split()[3::2], strict=False))
-    assert (ROOT / arguments["--config"]).is_file() and arguments["--mode"] in usage.MODES
+    assert (ROOT / arguments["--config"]).is_file() and arguments["--mode"] in console.MODES
 
 
 def test_commit_of_a_checkout(tmp_path):

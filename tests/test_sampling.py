@@ -16,7 +16,7 @@ from configs.default_configs import get_default_configs
 from diagnostics import gaussian_mixture_score
 from errors import UserError
 from likelihood import ode_log_likelihood
-from sampling import get_sampling_fn, ode_sampler
+from sampling import ancestral_sampling, get_sampling_fn, ode_sampler
 from sde_lib import VESDE, VPSDE, subVPSDE
 
 EPS = 1e-5
@@ -108,6 +108,12 @@ def test_factory_samples_images_as_the_config_says():
     x, expected_nfe = jit(lambda z: ode_sampler(sde, gaussian_score(sde), z, denoise=False, **options))(z)
     np.testing.assert_allclose(images, (x + 1) / 2, rtol=1e-9)
     assert images.shape == (4, 2, 2, 3) and np.all(nfe == expected_nfe)
+
+
+def test_ancestral_sampling_refuses_the_probability_flow():
+    x = jnp.zeros((2, 2, 2, 3))
+    with pytest.raises(ValueError, match="no probability flow"):
+        ancestral_sampling(SDES["vp"], gaussian_score(SDES["vp"]), x, jnp.full(2, 0.5), x, True)
 
 
 @pytest.mark.parametrize("name", ["vp", "subvp", "ve"])

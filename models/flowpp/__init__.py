@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Flow++ networks of variational dequantisation (Ho et al. 2019, arXiv 1902.00275), by `config.deq.network`.
-
-A new size is one line in NETWORKS.
-"""
+"""The Flow++ networks of variational dequantisation (Ho et al. 2019, arXiv 1902.00275), by `config.deq.network`."""
 
 from typing import Any
 
@@ -11,9 +8,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from models import fresh_variables
 from models.flowpp.dequantizer import Dequantizer
 
-# Sizes and layouts are those of the public code; `small` is ours, for images of 8x8 and one channel. The public
-# imagenet64 gives the last layer of every block the same name. Flax refuses that, so no checkpoint of it exists; here
-# the layer has the name that it has in the other two.
+# Sizes and layouts are those of the public code; `small` is ours, for images of 8x8 and one channel. No public
+# checkpoint of imagenet64 exists, since Flax refuses the names of its layers.
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar10": dict(
         filters=96, components=32, blocks=2, heads=4, steps=4, pointwise=True, deep=False, attention=True,
@@ -44,7 +40,6 @@ def init_params(
 ) -> dict[str, Any]:
     """Fresh parameters for which every layer's outputs on this batch have mean 0 and a known spread (see `layers`).
 
-    The batch is images in [0, 1] and standard normal u. More images are better; one is enough to be finite. The result
-    depends on every image, so all devices and all starts need the same.
+    The batch is images in [0, 1] and standard normal u. All devices and all starts need the same images.
     """
     return fresh_variables(model, key, u, image)["params"]

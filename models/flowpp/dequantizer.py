@@ -7,7 +7,7 @@ image. Parameter paths and shapes are those of the public code, so the modules a
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from errors import UserError
 from models.flowpp.layers import Keys, concat_elu, conv, gated_attention, gated_conv, layer_norm
-from models.flowpp.logistic import Mixture, inverse_mixture_logit, mixture_logit
 
+Values = Float[Array, "*shape"]
 Image = Float[Array, "B H W C"]
 Half = Float[Array, "B H W2 C"]  # every second column, W2 = W / 2
 Halves = tuple[Half, Half]
@@ -27,6 +27,49 @@ LogDet = Float[Array, ""] | Float[Array, "B"]  # log |det d output / d input| in
 MIN_LOGSCALE = -7.0  # of a logistic component
 POSITION_STD = 0.01
 CONTEXT_HEADS = 4
+HALVINGS = 40  # a bracket in float32 that is as wide as its ends are large has about 24 bits left to halve
+
+
+class Mixture(NamedTuple):
+    """Unnormalised log weights, means and log scales of K logistic distributions for each element."""
+
+    logits: Float[Array, "*shape K"]
+    means: Float[Array, "*shape K"]
+    logscales: Float[Array, "*shape K"]
+
+
+def mixture_logit(x: Values, mixture: Mixture) -> tuple[Values, Values]:
+    """y = logit F(x) and log dy/dx, elementwise, for F = sum_k w_k sigmoid((x - mean_k) / scale_k).
+
+    dy/dx = F'(x) / (F(x) (1 - F(x))). F and 1 - F are each a sum of positive terms, computed in logarithms, so neither
+    end is cut off (arXiv 1902.00275, section 3.2).
+    """
+    z = (x[..., None] - mixture.means) * jnp.exp(-mixture.logscales)
+    log_weights = jax.nn.log_softmax(mixture.logits)
+    below, above = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
+    log_cdf = jax.nn.logsumexp(log_weights + below, axis=-1)
+    log_survival = jax.nn.logsumexp(log_weights + above, axis=-1)
+    log_pdf = jax.nn.logsumexp(log_weights + below + above - mixture.logscales, axis=-1)
+    return log_cdf - log_survival, log_pdf - log_cdf - log_survival
+
+
+def inverse_mixture_logit(y: Values, mixture: Mixture) -> Values:
+    """The x with logit F(x) = y, elementwise (see `mixture_logit`), by bisection and a Newton step.
+
+    Component k alone reaches y at mean_k + scale_k y. The mixture reaches y between the least and greatest of these.
+    """
+    own = mixture.means + jnp.exp(mixture.logscales) * y[..., None]
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        too_low = mixture_logit(middle, mixture)[0] < y
+        return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
+
+    low, high = jax.lax.fori_loop(0, HALVINGS, halve, (own.min(axis=-1), own.max(axis=-1)))
+    x = 0.5 * (low + high)
+    reached, log_slope = mixture_logit(x, mixture)
+    return x + (y - reached) * jnp.exp(-log_slope)
 
 
 def split_columns(x: Image) -> Halves:
@@ -41,8 +84,8 @@ def _sum(x: Array) -> Float[Array, "B"]:
 class Norm(nn.Module):
     """Scales and shifts each element of both halves.
 
-    At the start each channel has mean 0 and variance 1 over the batch and all pixels. (The public code takes the
-    variance of each element over the batch alone. For few images some variances are near 0, and the flow overflows.)
+    At the start each channel has mean 0 and variance 1 over the batch and all pixels, where the public code takes each
+    element's over the batch alone and overflows for few images.
     """
 
     @nn.compact
@@ -77,8 +120,7 @@ class Pointwise(nn.Module):
 class Coupling(nn.Module):
     """Maps the second half by y = exp(s) logit F(x) + t and exchanges the halves.
 
-    A network computes s, t and F from the first half. F is the distribution function of a mixture of logistics (arXiv
-    1902.00275, section 3.2). Fields: see `Dequantizer`.
+    A network computes s, t and F, a mixture of logistics, from the first half. Fields: see `Dequantizer`.
     """
 
     filters: int
@@ -90,9 +132,7 @@ class Coupling(nn.Module):
     weight_norm: bool
 
     @nn.compact
-    def __call__(
-        self, context: Float[Array, "B H W2 E"], halves: Halves, inverse: bool = False
-    ) -> tuple[Halves, LogDet]:
+    def __call__(self, context: Array, halves: Halves, inverse: bool = False) -> tuple[Halves, LogDet]:
         fixed, x = reversed(halves) if inverse else halves
         numbers = self._network(fixed, context).reshape(*fixed.shape, 2 + 3 * self.components)
         s, t = jnp.tanh(numbers[..., 0]), numbers[..., 1]
@@ -154,14 +194,14 @@ class Dequantizer(nn.Module):
 
     f splits the columns of u in two halves. `steps` times it applies Norm, Pointwise and Coupling and exchanges the
     halves. It ends in a sigmoid. The density of the noise, in nats [B], is
-    log q(noise | image) = log N(u; 0, I) - log |det d noise / d u|. (The public code returns its negative.)
+    log q(noise | image) = log N(u; 0, I) - log |det d noise / d u|.
 
     Attributes:
         filters, blocks, heads: channels, residual blocks and attention heads of a coupling's network.
         components: number of logistics in a mixture.
         pointwise: whether there are Pointwise layers.
-        deep: selects the layout of the ImageNet networks, with layer norms in the context network, one more
-            nonlinearity in the couplings' network and other parameter names.
+        deep: the layout of the ImageNet networks: layer norms in the context network, one more nonlinearity in the
+            couplings' network, other parameter names.
         attention: whether the couplings and, if `deep`, the context network have attention.
         weight_norm: whether the convolutions have weight normalisation.
         context_filters, context_blocks: channels and residual blocks of the network that takes the image.
@@ -211,15 +251,14 @@ class Dequantizer(nn.Module):
         layout: Any = dict(deep=self.deep, attention=self.attention, weight_norm=self.weight_norm)
         context_name = "DeepProcessor_0" if self.deep else "ShallowProcessor_0"
         coupling_name = "MixLogisticAttnCoupling" if self.attention else "MixLogisticCoupling"
-        context = Context(self.context_filters, self.context_blocks, dropout=self.dropout, name=context_name, **layout)(
-            image, dropout_keys
-        )
+        options: Any = dict(dropout=self.dropout, name=context_name, **layout)
+        context = Context(self.context_filters, self.context_blocks, **options)(image, dropout_keys)
+        sizes = self.filters, self.components, self.blocks, self.heads
         maps: list[Callable[[Halves, bool], tuple[Halves, LogDet]]] = []
         for i in range(self.steps):
             maps.append(Norm(name=f"Norm_{i}"))
             if self.pointwise:
                 maps.append(Pointwise(name=f"Pointwise_{i}"))
-            sizes = self.filters, self.components, self.blocks, self.heads
             coupling = Coupling(*sizes, name=f"{coupling_name}_{i}", **layout)
             maps.append(functools.partial(coupling, context))
         halves, log_det = split_columns(x), jnp.zeros(())

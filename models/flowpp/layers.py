@@ -6,10 +6,8 @@ side there, under names such as `block0_conv_c1_W`. Call them inside a compact m
 
 Initialisation depends on the data (Salimans & Kingma 2016, arXiv 1602.07868). Weights are drawn, then scaled so that
 every output has the standard deviation `init_scale` over the batch and all pixels. The bias takes away the mean of that
-output. (The public code computes the bias from a second draw of the weights, so it does not centre.)
+output.
 """
-
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -40,14 +38,7 @@ def _amplification(weight: Array, output: Array, init_scale: float) -> Array:
     return init_scale / jnp.maximum(jnp.std(output, axis=_all_but_last(output)), 0.01 * norm)
 
 
-def _affine(
-    scope: nn.Module,
-    name: str,
-    linear: Callable[[Array], Array],
-    shape: tuple[int, ...],
-    init_scale: float,
-    weight_norm: bool = False,
-) -> Array:
+def _affine(scope, name, linear, shape, init_scale, weight_norm=False) -> Array:
     """`linear` of a weight of `shape`, plus a bias. With `weight_norm` the weight is g V / |V| for each output."""
 
     def init(key):

@@ -3,9 +3,9 @@
 
 python -m reproduce.studies.gaps [--workdir W] [--only vp,ve] [--num 16] [--probes 8] [--out assets/reproduce]
 
-Measures half the weighted squared distance g² |s - s_ode|², in nats a unit of log noise, at levels of noise even in its
-logarithm, for the pairs of `reproduce.studies.pairs`. It takes several probes an image, so that their variance is not
-in it (`diagnostics.FisherCurves`). Noise is sigma / alpha in units of the pixels' range, to compare VE and VP.
+Measures half the weighted squared distance g² |s - s_ode|², in nats per unit of log noise, at levels of noise even in
+its logarithm, for the pairs of `reproduce.studies.pairs`. Several probes an image keep their variance out of it
+(`diagnostics.FisherCurves`). Noise is sigma / alpha in units of the pixels' range, to compare VE and VP.
 """
 
 from pathlib import Path
@@ -22,17 +22,16 @@ import evaluation
 import likelihood
 from errors import UserError
 from report.canvas import PALETTE, STYLE, panels, plus_minus, png
-from reproduce.restored import restored
 from reproduce.studies import pairs
 from sde_lib import SDE
+from task import restored
 
 NOISE = tuple(float(level) for level in np.geomspace(0.006, 2.0, 12))
 
 
 def times_of(sde: SDE, noise: tuple[float, ...], pixel_range: float) -> tuple[jax.Array, jax.Array]:
     """The times [K] of the levels of noise, and dt / d log(noise) [K] there."""
-    level = jnp.asarray(noise, jnp.float32) * pixel_range
-    times = sde.time_at_log_snr(-2 * jnp.log(level))
+    times = sde.time_at_log_snr(-2 * jnp.log(jnp.asarray(noise, jnp.float32) * pixel_range))
     slope = jax.vmap(jax.grad(lambda t: -0.5 * sde.log_snr(t)))(times)
     return times, 1 / slope
 
@@ -40,8 +39,7 @@ def times_of(sde: SDE, noise: tuple[float, ...], pixel_range: float) -> tuple[ja
 def gaps(folder: Path, noise: tuple[float, ...], num: int, num_probes: int) -> np.ndarray:
     """Half the squared distances [N, K], in nats per unit of log noise, of a run's newest model on `num` test images.
 
-    Images, dequantisation and probes are functions of the config's seed. Raises UserError if the run has no checkpoint
-    or the solver gave up on an image.
+    The randomness is that of the config's seed. UserError if the run has no checkpoint or the solver gave up.
     """
     built, params, model_state = restored(folder)
     config = built.config
@@ -49,22 +47,17 @@ def gaps(folder: Path, noise: tuple[float, ...], num: int, num_probes: int) -> n
     keys = jax.random.split(jax.random.PRNGKey(config.seed), num)
     probes = likelihood.probes(keys, x.shape[1:], config.eval.hutchinson_type, num_probes)
     times, slope = times_of(built.sde, noise, 2.0 if config.data.centered else 1.0)
+    solver = {key: config.eval[key] for key in ("rtol", "atol", "max_steps")}
 
     @jax.jit
     def curves(params, model_state, x, probes):
         score_fn = built.score_fn(params, model_state)
-        solver = {"rtol": config.eval.rtol, "atol": config.eval.atol, "max_steps": config.eval.max_steps}
         return diagnostics.fisher_curves(built.sde, score_fn, x, probes, times, **solver).score_ode
 
     found = np.asarray(0.5 * slope[:, None] * curves(params, model_state, x, probes), np.float64).T
     if failed := np.flatnonzero(~np.isfinite(found).all(axis=1)).tolist():
         raise UserError(f"{folder}: the solver gave up on images {failed}: raise eval.max_steps in its config.json")
     return found
-
-
-def integral(curves: np.ndarray, noise: tuple[float, ...]) -> np.ndarray:
-    """[N, K] -> [N], over log noise, nats."""
-    return np.trapezoid(curves, np.log(noise), axis=1)
 
 
 def compared(title: str, first: Path, second: Path, num: int, num_probes: int) -> dict[str, Any]:
@@ -75,7 +68,8 @@ def compared(title: str, first: Path, second: Path, num: int, num_probes: int) -
     for (name, label), curves in zip(labels.items(), (one, two, one - two), strict=True):
         points = [evaluation.mean_and_stderr(column[None]) for column in curves.T]
         result[name] = {key: [point[key] for point in points] for key in ("mean", "stderr")}
-        value = result[name]["integral"] = evaluation.mean_and_stderr(integral(curves, NOISE)[None])
+        integrals = np.trapezoid(curves, np.log(NOISE), axis=1)  # over log noise, nats
+        value = result[name]["integral"] = evaluation.mean_and_stderr(integrals[None])
         print(f"{title}, {label}: {plus_minus(value['mean'], value['stderr'])} nats", flush=True)
     return result
 

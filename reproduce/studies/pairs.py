@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from errors import UserError
 
@@ -18,19 +17,10 @@ PAIRS = {  # name: the variants of that experiment, and a title
 }
 
 
-def main(
-    name: str,
-    doc: str | None,
-    counts: dict[str, int],
-    measure: Callable[..., Any],
-    picture: Callable[[dict[str, Any]], bytes],
-) -> None:
-    """Writes `measure(title, first, second, *counts)` of each pair to <out>/digits_<name>.json, and a picture of all.
+def main(name: str, doc: str | None, counts: dict[str, int], measure: Callable, picture: Callable) -> None:
+    """Writes `measure(title, *workdirs of a pair, *counts)` to <out>/digits_<name>.json, and a picture of all pairs.
 
-    Numbers that the file holds of other pairs stay in it. first, second: the workdirs of a pair's runs.
-
-    Args:
-        counts: whole numbers, 2 at least, that an option of that name sets; with their defaults.
+    Numbers that the file holds of other pairs stay in it. counts: options whose values are 2 at least: default.
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"python -m reproduce.studies.{name}", description=doc, formatter_class=formatter)

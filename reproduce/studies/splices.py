@@ -3,9 +3,9 @@
 
 python -m reproduce.studies.splices [--workdir runs/reproduce] [--only vp,ve] [--num 64] [--out assets/reproduce]
 
-Takes the pairs of `reproduce.studies.pairs`. For each of some times the ODE's score is that of order 1 before it and
-that of order 2 after it. Its bits/dim less those of order 1 alone, on the same test images and probes, are what order 2
-costs from that time on.
+For each of some times the ODE's score is that of order 1 before it and that of order 2 after it, for the pairs of
+`reproduce.studies.pairs`. Its bits/dim less those of order 1 alone, on the same test images and probes, are what order
+2 costs from that time on.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,9 @@ from evaluators.context import split
 from evaluators.likelihood import bits_per_dim, log_likelihood
 from models.score import ScoreFn
 from report.canvas import PALETTE, STYLE, panels, plus_minus, png
-from reproduce.restored import restored
 from reproduce.studies import pairs
 from runtime.devices import replicate
-from task import Task
+from task import Task, restored
 
 TIMES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6)
 
@@ -37,22 +36,17 @@ class Spliced(Task):
         """The score of the first model at t < time and of the second from there on; for evaluation only."""
         assert dropout_keys is None
         first, second, time = params
-        before, after = (super(Spliced, self).score_fn(p, s) for p, s in zip((first, second), model_state, strict=True))
-
-        def score(x, t):
-            return jnp.where((t < time).reshape(-1, *[1] * (x.ndim - 1)), before(x, t), after(x, t))
-
-        return score
+        before, after = map(super().score_fn, (first, second), model_state)
+        return lambda x, t: jnp.where((t < time).reshape(-1, *[1] * (x.ndim - 1)), before(x, t), after(x, t))
 
 
 def splices(first: Path, second: Path, times: Sequence[float], num: int) -> list[dict[str, Any]]:
     """Bits/dim on the first `num` test images and their difference to the first model's, a row for each time.
 
-    The last row is the first model alone. first, second: workdirs of runs of one network; seed, probes and solver are
-    those of the first's config. Raises UserError if a run has no checkpoint or the solver gave up on an image.
+    The last row is the first model alone. first, second: workdirs of runs of one network. The settings are those of the
+    first's config. UserError if a run has no checkpoint or the solver gave up on an image.
     """
-    built, *model = restored(first)
-    _, *other = restored(second)
+    (built, *model), (_, *other) = restored(first), restored(second)
     params, model_state = zip(model, other, strict=True)
     spliced = Spliced(*built)
     examples = split(spliced, "test", limit=num)
@@ -66,15 +60,13 @@ def splices(first: Path, second: Path, times: Sequence[float], num: int) -> list
             rows.append(likelihood_fn((*copies, replicate(np.float32(time))), states, x, index, repeat)["logp"])
         return bits_per_dim(built, np.concatenate(rows))
 
-    alone = bits(np.inf)
-    result = []
-    for time in [*times, np.inf]:
-        bpd = alone if np.isinf(time) else bits(time)
-        sigma = None if np.isinf(time) else float(built.sde.sigma(jnp.float32(time)))
+    alone, result = bits(np.inf), []
+    for time in [*times, None]:
+        bpd, sigma = (alone, None) if time is None else (bits(time), float(built.sde.sigma(jnp.float32(time))))
         difference = evaluation.mean_and_stderr((bpd - alone)[None])
-        row = {"time": None if np.isinf(time) else time, "sigma": sigma, "bpd": float(bpd.mean())}
-        result.append(row | {"minus the first": difference})
-        print(f"  {time:<8g} {row['bpd']:.4f}  {plus_minus(difference['mean'], difference['stderr'])}", flush=True)
+        result.append({"time": time, "sigma": sigma, "bpd": float(bpd.mean()), "minus the first": difference})
+        shown = plus_minus(difference["mean"], difference["stderr"])
+        print(f"  {np.inf if time is None else time:<8g} {bpd.mean():.4f}  {shown}", flush=True)
     return result
 
 
