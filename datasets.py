@@ -254,28 +254,14 @@ def _require_size(config: Any, *sizes: int) -> None:
         raise UserError(f"data.image_size={config.image_size}: {config.dataset} comes at {known}; set it to that")
 
 
-def _fit(image: UInt8[np.ndarray, "H W C"], crop: int = 0, *, size: int, method: str) -> UInt8[np.ndarray, "S S C"]:
-    """Crops the central crop x crop pixels (0: the largest square), resizes with antialiasing and rounds to 8 bits.
-
-    method: 'BILINEAR' | 'BICUBIC' of Pillow, whose filters are those of tf.image.resize with antialiasing.
-    """
-    crop = crop or min(image.shape[:2])
-    top, left = (image.shape[0] - crop) // 2, (image.shape[1] - crop) // 2
-    image = image[top : top + crop, left : left + crop]
-    # As floats: on 8 bits Pillow rounds and clips between the two axes, up to 5 levels off where bicubic overshoots.
-    channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0).astype(np.float32)]
-    resized = [np.asarray(channel.resize((size, size), Image.Resampling[method])) for channel in channels]
-    return np.clip(np.round(np.stack(resized, axis=-1)), 0, 255).astype(np.uint8)
-
-
 def _digits(config: Any) -> Dataset:
     """scikit-learn's 1,797 digits of 8x8, stretched from 0..16 to 0..255, in a fixed order: 1,500 train, 297 test."""
     from sklearn.datasets import load_digits
 
     _require_size(config, 8)
-    images = np.round(load_digits().images * 255 / 16).astype(np.uint8)[..., None]
-    images = images[np.random.RandomState(0).permutation(len(images))]
-    return _images(config, images[:1500], images[1500:], 1)
+    pixels = np.round(load_digits().images * 255 / 16).astype(np.uint8)[..., None]
+    pixels = pixels[np.random.RandomState(0).permutation(len(pixels))]
+    return _images(config, pixels[:1500], pixels[1500:], 1)
 
 
 def _idx_dataset(config: Any, default_dir: str = "") -> Dataset:
@@ -291,12 +277,12 @@ def _idx_dataset(config: Any, default_dir: str = "") -> Dataset:
                 f"data.dataset={config.dataset!r} needs {name} or {name}.gz, not found in data.dir={folder!r}: "
                 f"set data.dir to the folder with the train-images and t10k-images files{hint}"
             )
-        images = idx.read(path)[..., None]
-        if size == 32 and images.shape[1:3] == (28, 28):
-            images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-        elif images.shape[1:3] != (size, size):
-            images = np.stack([_fit(image, size=size, method="BILINEAR") for image in images])
-        splits.append(images)
+        pixels = idx.read(path)[..., None]
+        if size == 32 and pixels.shape[1:3] == (28, 28):
+            pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2), (0, 0)))
+        elif pixels.shape[1:3] != (size, size):
+            pixels = np.stack([images.fit(image, size=size, method="BILINEAR") for image in pixels])
+        splits.append(pixels)
     return _images(config, splits[0], splits[1], 1)
 
 
@@ -323,7 +309,7 @@ def _imagenet(config: Any) -> Dataset:
     _require_size(config, 32, 64)
     if config.category == "imagenet_resized" and (splits := archives.imagenet(_folder(config), config.image_size)):
         return _images(config, *splits, 3)
-    return _tfds(config, f"{name}/{config.image_size}x{config.image_size}", "image-net.org", 32, 64)
+    return _tfds(config, f"{name}/{config.image_size}x{config.image_size}", "image-net.org")
 
 
 def _folder(config: Any) -> Path:
@@ -336,12 +322,13 @@ def _cifar10(config: Any) -> Dataset:
     _require_size(config, 32)
     if splits := archives.cifar10(_folder(config)):
         return _images(config, *splits, 3)
-    return _tfds(config, "cifar10", "www.cs.toronto.edu", 32, test_split="test")
+    return _tfds(config, "cifar10", "www.cs.toronto.edu", test_split="test")
 
 
 def _image_folder(config: Any) -> Dataset:
     """The image files below `data.dir`: central squares, resized bicubically (`sources.folder`)."""
-    train, test = folder.read(_folder(config), config.image_size, config.num_channels)
+    splits = folder.read(_folder(config), config.image_size, config.num_channels)
+    train, test = (_Lazy(*split) for split in splits)
     return _images(config, train, test, config.num_channels)
 
 
@@ -352,30 +339,26 @@ def _patches(config: Any) -> Dataset:
     """
     size, channels = config.image_size, config.num_channels
     if config.dir:
-        photographs = [images.decoded(path, channels) for path in images.files_of(_folder(config))]
+        photographs, stride = images.photographs(_folder(config), channels), size
     else:
         from sklearn.datasets import load_sample_images
 
-        mode = "RGB" if channels == 3 else "L"
-        photographs = [Image.fromarray(photograph).convert(mode) for photograph in load_sample_images().images]
-    pixels = [
-        np.asarray(photograph).reshape(photograph.height, photograph.width, channels) for photograph in photographs
-    ]
-    stride = size if config.dir else size // 4 or 1
-    train, test = images.patches(pixels, size, stride)
+        embedded = map(Image.fromarray, load_sample_images().images)
+        photographs, stride = [images.in_channels(image, channels) for image in embedded], size // 4 or 1
+    train, test = images.patches(photographs, size, stride)
     if not len(train) or not len(test):
         raise UserError(f"data.image_size={size}: no photograph is large enough for patches of that size")
-    return _images(config, train, test, config.num_channels)
+    return _images(config, train, test, channels)
 
 
 def _tfds(config: Any, name: str, host: str, *sizes: int, test_split: str = "validation", **fit: Any) -> Dataset:
     """Images that tensorflow-datasets prepared, or downloads from `host` if there are none (`sources.tfds`).
 
-    sizes: those that the images come at. fit: options of `_fit`, which brings images of other sizes to data.image_size.
+    sizes: those that the images come at. fit: options of `images.fit`, which brings others to data.image_size.
     """
     if sizes:
         _require_size(config, *sizes)
-    resize = functools.partial(_fit, size=config.image_size, **fit) if fit else np.asarray
+    resize = functools.partial(images.fit, size=config.image_size, **fit) if fit else np.asarray
     builder = tfds.builder(config.dataset, name, config.dir, host)
     train, test = (_Lazy(*tfds.read_split(builder, name, config.image_size, resize)) for name in ("train", test_split))
     return _images(config, train, test, 3)

@@ -63,7 +63,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
 
 
 def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_dequantizer") -> losses.TrainState:
-    """Trains a variational dequantiser of 8-bit images for the score model `eval.ckpt_id` of `workdir` (0: the newest).
+    """Trains a variational dequantiser of images for the score model `eval.ckpt_id` of `workdir` (0: the newest).
 
     The loss is the variational bound in bits/dim under the EMA parameters of the score model, which stay as they are
     (`dequantization.get_loss_fn`). The run writes to `workdir/deq_folder`. It trains and resumes as `train` does, for
@@ -81,13 +81,13 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
         score = checkpoints.into(target, checkpoints.restore(path, target).state, path)
         frozen = score.ema_params, score.model_state
         facts = {"score_model": digest(frozen)}
-        levels = config.data.copy_and_resolve_references()
-        levels.update(centered=False, uniform_dequantization=False)  # in [0, 1]
+        data_config = config.data.copy_and_resolve_references()
+        data_config.update(centered=False, uniform_dequantization=False)  # in [0, 1]
         model = create_dequantizer(config.deq.network, config.deq.dropout)
         resumed = _resume(config, directory, dequantizer_state(task, model), ("deq.network",))
         if resumed is None:  # the first training images initialise it, the same on every host
             index = np.arange(min(config.deq.init_batch_size, len(task.dataset.train)))
-            images = datasets.eval_batch(task.dataset, levels, "train", index, seed=config.seed, dequantize=False)
+            images = datasets.eval_batch(task.dataset, data_config, "train", index, seed=config.seed, dequantize=False)
             resumed = jax.device_get(dequantizer_state(task, model, images)), {}
         elif resumed[1]["score_model"] != facts["score_model"]:
             raise UserError(
@@ -102,7 +102,7 @@ def train_deq(config: Config, workdir: str | Path, deq_folder: str = "flowpp_deq
             record=record,
             facts=facts,
             loss_fn_of=functools.partial(_dequantizer_loss, task, model),
-            data_config=levels,
+            data_config=data_config,
             n_iters=config.deq.n_iters,
             ema_rate=config.deq.ema_rate,
             frozen=frozen,

@@ -10,18 +10,19 @@ from PIL import Image
 
 import datasets
 
-MOST_TRAINING = 50_000  # images that a histogram is made of, evenly spread
+MOST = 50_000  # images of either split
 WEBP_WIDTH = 16_383  # pixels, the most that the format takes
 
 
 def baselines(dataset: datasets.Dataset, split: str, limit: int = 0) -> dict[str, float]:
-    """Bits/dim of the first `limit` images of a split (0: all) as whole numbers, by models that need no training.
+    """Bits/dim of the first `limit` images of a split as whole numbers, by models that need no training.
 
+    limit 0: all images. More than 50,000 are never taken. The result has four keys.
     `uniform`: log2 of the number of levels. `histogram`: each pixel by itself, its levels counted in the training
     split. `png` and `webp`: lossless files of all images side by side, so that their headers count once.
     """
     source = getattr(dataset, split)
-    images = source[np.arange(min(len(source), limit) if limit else len(source))]
+    images = source[np.arange(min(len(source), limit or MOST, MOST))]
     return {
         "uniform": math.log2(dataset.levels),
         "histogram": histogram_bits(dataset.train, images, dataset.levels),
@@ -31,8 +32,11 @@ def baselines(dataset: datasets.Dataset, split: str, limit: int = 0) -> dict[str
 
 
 def histogram_bits(train: datasets.Source, images: UInt8[np.ndarray, "N H W C"], levels: int) -> float:
-    """-log2 of (count + 1/2) / (N + levels / 2), the smoothed share of each pixel's level in N training images."""
-    dim, total = math.prod(images.shape[1:]), min(len(train), MOST_TRAINING)
+    """-log2 of (count + 1/2) / (N + levels / 2), the smoothed share of each pixel's level in N training images.
+
+    The N are evenly spread over the split.
+    """
+    dim, total = math.prod(images.shape[1:]), min(len(train), MOST)
     index = np.linspace(0, len(train) - 1, total).astype(np.int64)
     counts = np.zeros(dim * levels, np.int64)
     first = levels * np.arange(dim)  # of the counts of each pixel

@@ -89,6 +89,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     examples = split(task, name, limit=config.num_examples, repeats=repeats)
     log_likelihood_fn = log_likelihood(task, examples.size)
     settings = {**settings_of(config, *_SETTINGS[config.ode_solver]), **dequantizer.settings}
+    of_images = baselines(task.dataset, name, config.num_examples) if is_image else {}
     density = _density(task) if not is_image and task.dataset.shape[0] <= 2 else None
 
     def evaluate(context: Context) -> dict[str, Any]:
@@ -115,9 +116,9 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             summary = {"mean": float(error.mean()), "max": float(error.max(initial=0))}
             result[result_name("ode_error", config)] = {**summary, "unit": "bits/dim" if is_image else "nats"}
         if is_image:
-            result["baselines"] = found = baselines(task.dataset, name, config.num_examples)
-            if value["mean"] > found["histogram"]:
-                bpd, histogram = value["mean"], found["histogram"]
+            result["baselines"] = of_images
+            if value["mean"] > of_images["histogram"]:
+                bpd, histogram = value["mean"], of_images["histogram"]
                 text = f"{bpd:.3f} bits/dim are more than a histogram of each pixel takes, {histogram:.3f}"
                 logging.warning("%s: train further, or look at the data", text)
                 result["note"] = text

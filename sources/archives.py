@@ -55,8 +55,8 @@ def imagenet(folder: Path, size: int) -> Splits | None:
     from `train_data_batch_<n>.npz` and `val_data.npz` themselves. None if there is none of either.
     """
     try:
-        train = _npz_files(folder, [f"Imagenet{size}_train*npz.zip"], "train_data_batch_")
-        test = _npz_files(folder, [f"Imagenet{size}_val_npz.zip"], "val_data")
+        train = _npz_files(folder, f"Imagenet{size}_train*npz.zip", "train_data_batch_")
+        test = _npz_files(folder, f"Imagenet{size}_val_npz.zip", "val_data")
         if not train or not test:
             return None
         return _joined(train, size), _joined(test, size)
@@ -67,13 +67,13 @@ def imagenet(folder: Path, size: int) -> Splits | None:
         ) from error
 
 
-def _npz_files(folder: Path, archives: list[str], prefix: str) -> list[Callable[[], Any]]:
+def _npz_files(folder: Path, archives: str, prefix: str) -> list[Callable[[], Any]]:
     """Functions that open the files of the folder, or of its archives, in the order of the numbers in their names."""
     found: dict[str, Callable[[], Any]] = {
         path.name: functools.partial(path.open, "rb") for path in folder.glob(f"{prefix}*.npz")
     }
     if not found:
-        for archive in [path for pattern in archives for path in sorted(folder.glob(pattern))]:
+        for archive in sorted(folder.glob(archives)):
             content = zipfile.ZipFile(archive)
             names = [name for name in content.namelist() if prefix in name]
             found |= {Path(name).name: functools.partial(content.open, name) for name in names}

@@ -4,16 +4,16 @@
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
 from tqdm import tqdm
 
 from errors import UserError
@@ -22,17 +22,8 @@ from sources import images
 CHUNK = 256  # files that are decoded before their rows are written
 
 
-class Split(NamedTuple):
-    """Rows of the memory-mapped array [N, S, S, C] that belong to a split. An array of indices reads many at once."""
-
-    array: UInt8[np.ndarray, "N S S C"]
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        return self.array[self.rows[key]]
+# The number of images of a split, and the function index [B] -> uint8 [B, S, S, C] that reads them.
+Split = tuple[int, Callable[[np.ndarray], np.ndarray]]
 
 
 def read(folder: Path, size: int, channels: int) -> tuple[Split, Split]:
@@ -52,13 +43,13 @@ def read(folder: Path, size: int, channels: int) -> tuple[Split, Split]:
     cache = _cache(folder, size, channels)
     with _only_process(cache):
         entries = _index(files, cache, size, channels)
-    broken = [name for name in files if entries[name]["row"] is None]
+    broken = {name: None for name in files if entries[name]["row"] is None}
     if broken:
-        shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+        shown = ", ".join(list(broken)[:5]) + (", ..." if len(broken) > 5 else "")
         logging.warning(
             "%d of %d files of %s cannot be read and are skipped: %s", len(broken), len(files), folder, shown
         )
-    whole = sorted((entries[name]["digest"], name) for name in files if name not in set(broken))
+    whole = sorted((entries[name]["digest"], name) for name in files if name not in broken)
     if not whole:
         raise UserError(f"none of the {len(files)} image files of data.dir={str(folder)!r} can be read")
     by_folder = all((folder / split).is_dir() for split in ("train", "test"))
@@ -76,8 +67,12 @@ def read(folder: Path, size: int, channels: int) -> tuple[Split, Split]:
             raise UserError(
                 f"data.dir={str(folder)!r} has no image for the {split} split; add more, or a folder {split}"
             )
-        splits.append(Split(array, np.array(rows)))
+        splits.append((len(rows), functools.partial(_take, array, np.array(rows))))
     return splits[0], splits[1]
+
+
+def _take(array: np.ndarray, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return np.asarray(array[rows[index]])
 
 
 def _cache(folder: Path, size: int, channels: int) -> Path:
@@ -120,9 +115,8 @@ def _index(files: dict[str, Path], cache: Path, size: int, channels: int) -> dic
         for start in range(0, len(todo), CHUNK):
             names = todo[start : start + CHUNK]
             lines = []
-            for name, (pixels, entry) in zip(
-                names, pool.map(lambda name: _decoded(files[name], size, channels), names), strict=True
-            ):
+            decoded = pool.map(lambda name: _decoded(files[name], size, channels), names)
+            for name, (pixels, entry) in zip(names, decoded, strict=True):
                 entries[name] = {"name": name, **entry, "row": None if pixels is None else num_rows}
                 if pixels is not None:
                     rows.write(pixels.tobytes())

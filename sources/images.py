@@ -24,19 +24,50 @@ def files_of(folder: Path) -> list[Path]:
     return files
 
 
-def decoded(path: Path, channels: int) -> Image.Image:
-    """The image upright as its EXIF says, in colour or grey for 3 or 1 channels. An alpha channel is dropped."""
+def decoded(path: Path, channels: int) -> UInt8[np.ndarray, "H W C"]:
+    """The image upright as its EXIF says, in grey or colour for 1 or 3 channels, without an alpha channel.
+
+    Raises one of BROKEN if the file cannot be read.
+    """
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+        return in_channels(ImageOps.exif_transpose(image), channels)
+
+
+def in_channels(image: Image.Image, channels: int) -> UInt8[np.ndarray, "H W C"]:
+    """The pixels in grey or colour. UserError for another number of channels than 1 or 3."""
+    if channels not in (1, 3):
+        raise UserError(f"data.num_channels={channels}: image files are read with 1 or 3; set it to one of them")
+    return np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(image.height, image.width, channels)
+
+
+def photographs(folder: Path, channels: int) -> list[UInt8[np.ndarray, "H W C"]]:
+    """All image files below a folder. UserError if there is none, or names the first that cannot be read."""
+    found = []
+    for path in files_of(folder):
+        try:
+            found.append(decoded(path, channels))
+        except BROKEN as error:
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); remove or mend it") from error
+    return found
+
+
+def fit(image: UInt8[np.ndarray, "H W C"], crop: int = 0, *, size: int, method: str) -> UInt8[np.ndarray, "S S C"]:
+    """Crops the central crop x crop pixels (0: the largest square), resizes with antialiasing and rounds to 8 bits.
+
+    method: 'BILINEAR' | 'BICUBIC' of Pillow, whose filters are those of tf.image.resize with antialiasing.
+    """
+    crop = crop or min(image.shape[:2])
+    top, left = (image.shape[0] - crop) // 2, (image.shape[1] - crop) // 2
+    image = image[top : top + crop, left : left + crop]
+    # As floats: on 8 bits Pillow rounds and clips between the two axes, up to 5 levels off where bicubic overshoots.
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0).astype(np.float32)]
+    resized = [np.asarray(channel.resize((size, size), Image.Resampling[method])) for channel in channels]
+    return np.clip(np.round(np.stack(resized, axis=-1)), 0, 255).astype(np.uint8)
 
 
 def square(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "S S C"]:
     """The largest central square of an image file, resized to `size` bicubically with antialiasing."""
-    image = decoded(path, channels)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(resized).reshape(size, size, channels)
+    return fit(decoded(path, channels), size=size, method="BICUBIC")
 
 
 def halved(photograph: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "h w C"]:

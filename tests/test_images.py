@@ -19,7 +19,7 @@ from PIL import Image
 import datasets
 from configs.default_configs import get_default_configs
 from errors import UserError
-from sources import archives, folder, images
+from sources import archives, images
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,10 +96,16 @@ def hash_is_test(path):
     return int(hashlib.sha256(path.read_bytes()).hexdigest()[:12], 16) % 10 == 0
 
 
+def read(root, size, channels):
+    config = data_config(dataset="IMAGE_FOLDER", dir=str(root), image_size=size, num_channels=channels)
+    dataset = datasets.load(config)
+    return dataset.train, dataset.test
+
+
 def test_a_folder_is_split_by_content(tmp_path, cache):
     root = tmp_path / "mine"
     paths = [save(root / f"{i % 3}" / f"{i}.png", random_pixels(8, 8, seed=i)) for i in range(60)]
-    train, test = folder.read(root, 8, 3)
+    train, test = read(root, 8, 3)
     expected = [path for path in paths if hash_is_test(path)]
     assert (len(train), len(test)) == (60 - len(expected), len(expected)) and len(expected) > 0
     seen = {image.tobytes() for image in test[np.arange(len(test))]}
@@ -107,7 +113,7 @@ def test_a_folder_is_split_by_content(tmp_path, cache):
 
     (root / "0/0.png").rename(root / "renamed.png")
     save(root / "more.png", random_pixels(8, 8, seed=99))
-    again_train, again_test = folder.read(root, 8, 3)
+    again_train, again_test = read(root, 8, 3)
     assert len(again_train) + len(again_test) == 61
     assert seen <= {image.tobytes() for image in again_test[np.arange(len(again_test))]}, "a test image stays one"
     digests = [
@@ -117,7 +123,7 @@ def test_a_folder_is_split_by_content(tmp_path, cache):
     np.testing.assert_array_equal(again_train[np.arange(len(again_train))], [by_digest[d] for d in sorted(digests)])
 
     save(root / "more.png", random_pixels(8, 8, seed=100))  # another image under the same name
-    every = [image.tobytes() for split in folder.read(root, 8, 3) for image in split[np.arange(len(split))]]
+    every = [image.tobytes() for split in read(root, 8, 3) for image in split[np.arange(len(split))]]
     assert random_pixels(8, 8, seed=100).tobytes() in every and random_pixels(8, 8, seed=99).tobytes() not in every
 
 
@@ -125,7 +131,7 @@ def test_folders_of_the_splits_are_the_splits(tmp_path):
     for split, count in (("train", 5), ("test", 2)):
         for i in range(count):
             save(tmp_path / "mine" / split / "deep" / f"{i}.webp", random_pixels(16, 16, seed=i), lossless=True)
-    train, test = folder.read(tmp_path / "mine", 8, 1)
+    train, test = read(tmp_path / "mine", 8, 1)
     assert (len(train), len(test)) == (5, 2) and train[0].shape == (8, 8, 1)
 
 
@@ -139,7 +145,7 @@ def test_broken_files_are_skipped_and_told(tmp_path, caplog):
     for _ in range(2):  # the second call reads the cache
         caplog.clear()
         with caplog.at_level("WARNING", logger="absl"):
-            train, test = folder.read(root, 8, 3)
+            train, test = read(root, 8, 3)
         assert len(train) + len(test) == 29
         assert "2 of 31 files" in caplog.text and "05.png, 06.jpg" in caplog.text
 
@@ -162,10 +168,10 @@ def test_a_folder_without_images_is_one_line(tmp_path, content, message):
             (root / name).parent.mkdir(exist_ok=True)
             (root / name).write_bytes(data)
     with pytest.raises(UserError, match=message) as error:
-        folder.read(root, 8, 3)
+        read(root, 8, 3)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="is not a folder"):
-        folder.read(root / "nowhere", 8, 3)
+        read(root / "nowhere", 8, 3)
 
 
 def test_a_call_that_is_killed_goes_on(tmp_path, cache):
@@ -187,7 +193,7 @@ def test_a_call_that_is_killed_goes_on(tmp_path, cache):
         file.write(b'{"name": "17')
     with (manifests[0].parent / "images").open("ab") as file:
         file.write(b"half a row")
-    train, test = folder.read(root, 8, 3)
+    train, test = read(root, 8, 3)
     every = {image.tobytes() for split in (train, test) for image in split[np.arange(len(split))]}
     assert every == {random_pixels(8, 8, seed=i).tobytes() for i in range(1500)}
     assert manifests[0].read_bytes().count(b"\n") == 1500, "nothing was decoded twice"
@@ -198,7 +204,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
-        folder.read(tmp_path / "mine", 8, 3)
+        read(tmp_path / "mine", 8, 3)
 
 
 def data_config(**changes):
@@ -220,6 +226,13 @@ def test_a_folder_and_patches_are_data_sets(tmp_path):
     assert of_folder.train.shape[1:] == of_folder.test.shape[1:] == (2, 2, 3)
     with pytest.raises(UserError, match="no photograph is large enough"):
         datasets.load(data_config(dataset="PATCHES", dir=str(root), image_size=32))
+    for name in ("PATCHES", "IMAGE_FOLDER"):
+        with pytest.raises(UserError, match=r"data\.num_channels=2: image files are read with 1 or 3"):
+            datasets.load(data_config(dataset=name, dir=str(root), image_size=2, num_channels=2))
+    (root / "7.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"7\.png cannot be read .*; remove or mend it") as error:
+        datasets.load(data_config(dataset="PATCHES", dir=str(root), image_size=2))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("size", "train", "test"), [(8, 24_926, 416), (16, 5_700, 104)])
