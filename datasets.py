@@ -131,6 +131,12 @@ def _to_unit(
     return (pixels + noise) / np.float32(levels)
 
 
+def to_8_bits(x: Float[np.ndarray, "..."], levels: int, dequantized: bool) -> UInt8[np.ndarray, "..."]:
+    """Images in [0, 1], as a model of dequantised or plain levels draws them, at the nearest level, as 0 .. 255."""
+    level = np.clip(np.floor(x * levels) if dequantized else np.round(x * (levels - 1)), 0, levels - 1)
+    return np.round(level * (255 / (levels - 1))).astype(np.uint8)
+
+
 def train_loader(
     dataset: Dataset, data_config: Any, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
@@ -244,8 +250,9 @@ def _points(make: Callable[[Any], synthetic.Points]) -> Callable[[Any], Dataset]
     return load
 
 
-def _images(config: Any, train: Any, test: Any, channels: int) -> Dataset:
-    return Dataset(config.dataset, (config.image_size, config.image_size, channels), True, train, test)
+def _images(config: Any, train: Any, test: Any, channels: int, levels: int = 256) -> Dataset:
+    shape = config.image_size, config.image_size, channels
+    return Dataset(config.dataset, shape, True, train, test, levels=levels)
 
 
 def _require_size(config: Any, *sizes: int) -> None:
@@ -255,13 +262,13 @@ def _require_size(config: Any, *sizes: int) -> None:
 
 
 def _digits(config: Any) -> Dataset:
-    """scikit-learn's 1,797 digits of 8x8, stretched from 0..16 to 0..255, in a fixed order: 1,500 train, 297 test."""
+    """scikit-learn's 1,797 digits of 8x8 and 17 levels, in a fixed order: 1,500 train, 297 test."""
     from sklearn.datasets import load_digits
 
     _require_size(config, 8)
-    pixels = np.round(load_digits().images * 255 / 16).astype(np.uint8)[..., None]
+    pixels = load_digits().images.astype(np.uint8)[..., None]
     pixels = pixels[np.random.RandomState(0).permutation(len(pixels))]
-    return _images(config, pixels[:1500], pixels[1500:], 1)
+    return _images(config, pixels[:1500], pixels[1500:], 1, levels=17)
 
 
 def _idx_dataset(config: Any, default_dir: str = "") -> Dataset:

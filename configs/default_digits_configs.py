@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scikit-learn's 1,797 real 8x8 digits, with a network that two CPU cores train in minutes."""
+"""scikit-learn's 1,797 digits of 8x8 and 17 grey levels, with a network that two CPU cores train in minutes."""
 
 from ml_collections import ConfigDict
 

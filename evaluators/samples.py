@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`eval.enable_sampling`: samples of the model and, if they are images (`eval.enable_metrics`), IS, FID and KID."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+import datasets
 import evaluation
 import losses
 import report
@@ -72,6 +74,9 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     pc = f"pc ({sampling_config.predictor} and {sampling_config.corrector})"
     name = "ode" if method == "ode" else pc
     settings = settings_except(sampling_config, *CANNOT_MATTER[method])
+    as_pixels = functools.partial(
+        datasets.to_8_bits, levels=task.dataset.levels, dequantized=task.config.data.uniform_dequantization
+    )
     metrics = _metrics(task) if is_image and config.enable_metrics else None  # before hours of sampling: is all there?
 
     def evaluate(context: Context) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             if not whole.all():
                 failed = f"{np.sum(~whole)} of {len(x)} samples"
                 logging.warning("the sampler (%s) failed on %s: %s, or train further", name, failed, FAILURE[method])
-            x = np.round(np.clip(x[whole], 0, 1) * 255).astype(np.uint8) if is_image else x[whole]
+            x = as_pixels(x[whole]) if is_image else x[whole]
             return {"samples": x, "nfe": nfe, "whole": whole}
 
         rows = context.run("samples", {"size": size, **settings}, math.ceil(count / size), unit, "sampling")

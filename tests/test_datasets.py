@@ -172,9 +172,10 @@ def test_digits_are_scikit_learns():
 
     dataset = load(digits_config())
     assert (dataset.shape, dataset.is_image, len(dataset.train), len(dataset.test)) == ((8, 8, 1), True, 1500, 297)
-    assert dataset.train[0].dtype == np.uint8
+    assert (dataset.train[0].dtype, dataset.levels) == (np.uint8, 17)
     images = np.concatenate([dataset.train, dataset.test]).reshape(1797, 64)
-    expected = np.round(load_digits().data * 255 / 16).astype(np.uint8)
+    expected = load_digits().data.astype(np.uint8)
+    assert np.array_equal(expected, load_digits().data) and np.array_equal(np.unique(images), np.arange(17))
     assert np.array_equal(np.unique(images, axis=0), np.unique(expected, axis=0))
     assert len(np.unique(images, axis=0)) == 1797
     # The split is random: a test set in the file's order would hold other writers' digits than the training set.
@@ -262,14 +263,14 @@ def test_training_noise_is_uniform_and_fresh_each_epoch():
     pixels = load(digits_config()).train
     x, index = stream(digits_config(uniform_dequantization=True), 100, 30)
     assert x.dtype == np.float32 and x.min() >= 0 and x.max() < 1
-    assert np.array_equal(np.floor(x * 256), pixels[index])
-    noise = x.astype(np.float64) * 256 - pixels[index]
+    assert np.array_equal(np.floor(x * 17), pixels[index])
+    noise = x.astype(np.float64) * 17 - pixels[index]
     assert stats.kstest(noise.reshape(-1), "uniform").pvalue > 1e-3
     first, second = (noise[part][np.argsort(index[part])] for part in (slice(1500), slice(1500, 3000)))
     for one, other in ((first, second), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
         assert abs(np.corrcoef(one.reshape(-1), other.reshape(-1))[0, 1]) < 5 / math.sqrt(one.size)
     plain, _ = stream(digits_config(), 100, 30)
-    assert np.array_equal(plain, pixels[index].astype(np.float32) / np.float32(255))
+    assert np.array_equal(plain, pixels[index].astype(np.float32) / np.float32(16))
 
 
 def test_evaluation_gives_every_example_once_and_its_own_noise():
@@ -278,15 +279,15 @@ def test_evaluation_gives_every_example_once_and_its_own_noise():
     batches = list(datasets.eval_batches(dataset, config, "test", 128, seed=7))
     assert [len(b["x"]) for b in batches] == [128, 128, 41]
     x, index = evaluate(config, batch_size=128)
-    assert np.array_equal(index, np.arange(297)) and np.array_equal(np.floor(x * 256), dataset.test)
-    noise = x.astype(np.float64) * 256 - dataset.test
+    assert np.array_equal(index, np.arange(297)) and np.array_equal(np.floor(x * 17), dataset.test)
+    noise = x.astype(np.float64) * 17 - dataset.test
     assert stats.kstest(noise.reshape(-1), "uniform").pvalue > 1e-3
     assert np.array_equal(x, evaluate(config, batch_size=50)[0])
     assert np.array_equal(x[:70], evaluate(config, batch_size=50, limit=70)[0])
     for other in (evaluate(config, repeat=1), evaluate(config, seed=8)):
-        changed = other[0].astype(np.float64) * 256 - dataset.test
+        changed = other[0].astype(np.float64) * 17 - dataset.test
         assert abs(np.corrcoef(noise.reshape(-1), changed.reshape(-1))[0, 1]) < 5 / math.sqrt(noise.size)
-    assert np.array_equal(evaluate(config, dequantize=False)[0], dataset.test[:].astype(np.float32) / np.float32(255))
+    assert np.array_equal(evaluate(config, dequantize=False)[0], dataset.test[:].astype(np.float32) / np.float32(16))
     assert len(evaluate(config, split="train")[0]) == 1500
 
 
@@ -308,7 +309,19 @@ def test_centered_images_lie_in_minus_one_to_one():
     x, _ = evaluate(digits_config(centered=True))
     pixels = load(digits_config()).test
     # The pixel comes back exactly, also from the centred float32.
-    assert np.array_equal(np.floor(datasets.get_data_inverse_scaler(True)(x) * 256), pixels)
+    assert np.array_equal(np.floor(datasets.get_data_inverse_scaler(True)(x) * 17), pixels)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_samples_as_8_bits(levels):
+    k = np.arange(levels)
+    shown = np.round(k * 255 / (levels - 1))
+    for u in (1e-4, 0.5, 1 - 1e-4):
+        assert np.array_equal(datasets.to_8_bits(np.float32((k + u) / levels), levels, True), shown)
+    for error in (-0.4, 0, 0.4):
+        assert np.array_equal(datasets.to_8_bits(np.float32((k + error) / (levels - 1)), levels, False), shown)
+    for dequantized in (True, False):
+        assert datasets.to_8_bits(np.float32([-0.3, 1.2]), levels, dequantized).tolist() == [0, 255]
 
 
 # Files in MNIST's format

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 from scipy.special import log_softmax, softmax
+from sklearn.datasets import load_digits
+from test_datasets import write_idx
 from test_reach import silent_server
 
 import datasets
@@ -67,8 +69,11 @@ def network(tmp_path_factory):
 
 
 def digits_config(network, stats_path):
+    """scikit-learn's digits, stretched to 256 levels, in MNIST's format."""
+    pixels = np.round(load_digits().images * 255 / 16).astype(np.uint8)
+    write_idx(stats_path.parent / "digits", pixels[:1500], pixels[1500:])
     config = get_default_configs()
-    config.data.update(dataset="DIGITS", image_size=8, num_channels=1)
+    config.data.update(dataset="MNIST", dir=str(stats_path.parent / "digits"), image_size=8, num_channels=1)
     config.eval.update(inception_path=network, stats_path=str(stats_path), kid_subsets=5, kid_subset_size=100)
     return config
 
@@ -299,7 +304,8 @@ def test_statistics_have_the_public_names(data, name):
 
 
 def test_the_whole_path_on_digits(tmp_path, network):
-    config = digits_config(network, tmp_path / "new" / "digits.npz")
+    config = digits_config(network, tmp_path / "digits.npz")
+    config.eval.stats_path = str(tmp_path / "new" / "digits.npz")
     config.eval.inception_batch_size = 64
     path = run_lib.stats(config)
     images = datasets.load(config.data).train[np.arange(1500)]
@@ -367,9 +373,13 @@ def test_statistics_of_other_features_or_images_are_refused(tmp_path, network):
     config.eval.inception_path = other.name
     with pytest.raises(UserError, match=r"move it or set eval\.stats_path"):
         run_lib.stats(config)
-    config.data.update(dataset="MNIST", image_size=28)
-    with pytest.raises(UserError, match="is of digits 8x8, not of mnist 28x28"):
+    config.data.update(dataset="FASHION_MNIST", image_size=28)
+    with pytest.raises(UserError, match="is of mnist 8x8, not of fashion_mnist 28x28"):
         evaluation.load_statistics(path, config.data)
+    config.data.update(dataset="DIGITS", image_size=8)
+    config.eval.stats_path = str(tmp_path / "17 levels.npz")
+    with pytest.raises(UserError, match="'DIGITS' has 17 levels"):
+        run_lib.stats(config)
     config.data.dataset = "mog"
     with pytest.raises(UserError, match="needs images"):
         run_lib.stats(config)

@@ -20,7 +20,7 @@ def test_another_number_of_steps_trains_anew(tmp_path, monkeypatch):
         if values["mode"] == "eval":
             steps, folder = int(values["config.training.n_iters"]), Path(values["workdir"]) / "eval"
             result = {"checkpoint": 1, "step": steps, "exact_nll": 1.0 / steps, "true_entropy": 0.0, "kl": 1.0 / steps}
-            result |= {"bpd": {"mean": 4.0 + steps, "stderr": 0.1}, "gaussian_bpd": 6.5}
+            result |= {"bpd": {"mean": 4.0 + steps, "stderr": 0.1}, "gaussian_bpd": 6.5, "baselines": {"uniform": 4.0}}
             folder.mkdir(parents=True)
             (folder / "report_1.json").write_text(json.dumps(result))
 

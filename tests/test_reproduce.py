@@ -85,7 +85,7 @@ def test_pixel_frechet_of_shifted_test_images(tmp_path):
 
     config = ve_ncsnpp.get_config()
     dataset = datasets.load(config.data)
-    images = dataset.test[np.arange(len(dataset.test))] / 255.0
+    images = dataset.test[np.arange(len(dataset.test))] / 16.0
     shift = np.linspace(0, 0.1, 64).reshape(8, 8, 1)
     write(tmp_path, "order1", 0, np.zeros(3), images + shift, ConfigDict(config))
     folder = tmp_path / "order1_seed0"

@@ -7,5 +7,5 @@ from configs.digits import ve_ncsnpp
 def get_config():
     config = ve_ncsnpp.get_config()
     config.data.uniform_dequantization = False
-    config.model.sigma_min = 0.002
+    config.model.sigma_min = 0.03  # half the distance of two levels
     return config
