@@ -135,9 +135,17 @@ class Draws(NamedTuple):
 
 
 def draw(
-    sde: SDE, key: PRNGKeyArray, index: Int[Array, "B"], shape: tuple[int, ...], *, eps: float, importance: bool
+    key: PRNGKeyArray,
+    index: Int[Array, "B"],
+    shape: tuple[int, ...],
+    time: Callable[[Array], Array],
+    antithetic: int = 0,
 ) -> Draws:
-    """Draws time, noise and Rademacher probe of each example as a function of (key, index) alone, on any device."""
+    """Draws time, noise and Rademacher probe of each example as a function of (key, index) alone, on any device.
+
+    time: maps u uniform in [0, 1] to t. antithetic: 0, or the size B of the global batch, whose examples then share one
+    u0 in u = (u0 + index / B) mod 1 (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
+    """
 
     def draw_one(i):
         t_key, z_key, v_key = jax.random.split(jax.random.fold_in(key, i), 3)
@@ -145,7 +153,9 @@ def draw(
         return jax.random.uniform(t_key), z, jax.random.rademacher(v_key, shape, z.dtype)
 
     u, z, v = jax.vmap(draw_one)(index)
-    return Draws(sde.time(u, eps, importance), z, v)
+    if antithetic:
+        u = (jax.random.uniform(key) + index / antithetic) % 1.0
+    return Draws(time(u), z, v)
 
 
 # (sde, t [B]) -> w(t) [B], the factor on `DSMLosses.first`
@@ -181,34 +191,66 @@ def get_weighting(training_config: Any) -> Weighting:
     return WEIGHTINGS[name]
 
 
-def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfParams) -> LossFn:
+def get_times(
+    training_config: Any, sde: SDE, sigma_data: float
+) -> tuple[Callable[[Array], Array], Callable[[PerExample], PerExample]]:
+    """Returns t(u) for u uniform in [0, 1], and the factor w(t) on all terms of the objective.
+
+    With `training.time_sampling` the mean of w L(t) is that of L over lambda from smallest_time to T, whatever L and
+    the sampling are: the weight of the likelihood (Kingma et al. 2021, arXiv 2107.00630). Without it w = 1, and t is as
+    in the public code.
+    """
+    eps, name = training_config.smallest_time, training_config.time_sampling
+    if name == "velocity":
+
+        def share(t):
+            start, end = sde.log_snr_range(eps, t.dtype)
+            return sde.inverse_velocity_density(t, eps, sigma_data) / (start - end)
+
+        return lambda u: sde.velocity_time(u, eps, sigma_data), share
+    importance = training_config.likelihood_weighting and training_config.importance_weighting
+    by_log_snr = importance if not name else name == "log_snr"
+
+    def factor(t):
+        if name != "uniform":
+            return jnp.ones_like(t)
+        return sde.inverse_time_density(t, eps, False) / sde.inverse_time_density(t, eps, True)
+
+    return lambda u: sde.time(u, eps, by_log_snr), factor
+
+
+def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfParams, sigma_data: float = 1.0) -> LossFn:
     """Makes the training objective of `config.training`: the batch mean of w L1 + w2 L2 + w3 L3 + further terms.
 
+    sigma_data: S of `training.time_sampling` = velocity.
+
     The function returns the scalar mean loss and the terms [B]: `loss`, `first` (with its weight w), `second` and
-    `third` (without w2, w3), and the members of TERMS whose factor is not 0 (without it).
+    `third` (without w2, w3), and the members of TERMS whose factor is not 0 (without it). All of them have the factor
+    of `get_times`.
     """
     order = training_config.score_matching_order
-    weighting, eps = get_weighting(training_config), training_config.smallest_time
-    importance = training_config.likelihood_weighting and training_config.importance_weighting
+    weighting, (time, factor) = get_weighting(training_config), get_times(training_config, sde, sigma_data)
+    antithetic = training_config.batch_size if training_config.antithetic_times else 0
     w2 = training_config.second_order_weight if order >= 2 else 0.0
     w3 = training_config.third_order_weight if order >= 3 else 0.0
-    factors = {name: factor for name in TERMS if (factor := training_config[f"{name}_weight"])}
+    weights = {name: weight for name in TERMS if (weight := training_config[f"{name}_weight"])}
     exact, reduce_mean = training_config.exact_jacobian, training_config.reduce_mean  # False: order 1 only
 
     def loss_fn(params, model_state, x0, index, key):
         draw_key, dropout_key = jax.random.split(key)
-        draws = draw(sde, draw_key, index, x0.shape[1:], eps=eps, importance=importance)
+        draws = draw(draw_key, index, x0.shape[1:], time, antithetic)
         dropout_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(dropout_key, index)
         score_fn = score_fn_of_params(params, model_state, dropout_keys)
-        terms = dsm_losses(sde, score_fn, x0, *draws, order, exact)
+        w = factor(draws.t)
+        terms = DSMLosses(*(w * term for term in dsm_losses(sde, score_fn, x0, *draws, order, exact)))
         first = terms.first * weighting(sde, draws.t)
         if not reduce_mean:
             first = 0.5 * math.prod(x0.shape[1:]) * first
         second = terms.second_trace + terms.second_frobenius
         loss = first + w2 * second + w3 * terms.third
-        further = {name: TERMS[name](sde, score_fn, x0, draws) for name in factors}
-        for name, factor in factors.items():
-            loss += factor * further[name]
+        further = {name: w * TERMS[name](sde, score_fn, x0, draws) for name in weights}
+        for name, weight in weights.items():
+            loss += weight * further[name]
         return jnp.mean(loss), {"loss": loss, "first": first, "second": second, "third": terms.third, **further}
 
     return loss_fn

@@ -44,8 +44,10 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
     with workdir_lock(workdir):
         training, state = config.training, task.init_state()
         state, record = _resume(config, workdir, state) or _init_from(training, state)
-        loss_fn = losses.get_loss_fn(training, task.sde, task.score_fn)
-        test_loss_fn = losses.get_loss_fn(training, task.sde, lambda p, s, _: task.score_fn(p, s))  # without dropout
+        loss_fn, test_loss_fn = (  # without dropout keys the second has no dropout
+            losses.get_loss_fn(training, task.sde, score_fn, config.model.sigma_data)
+            for score_fn in (task.score_fn, lambda params, model_state, _: task.score_fn(params, model_state))
+        )
         job = loop.Job(
             task=task,
             what=f"{config.model.name}, order {training.score_matching_order}",

@@ -131,6 +131,23 @@ class SDE:
         start, end = self.log_snr_range(eps, t.dtype)
         return (start - end) * jnp.square(self.sigma(t)) / self.diffusion_sq(t)
 
+    def velocity_time(self, u: Array, eps: float, sigma_data: float) -> Array:
+        """Maps u uniform in [0, 1] to t in [eps, T] whose log-SNR has a density ~ s(lambda + 2 ln S), elementwise.
+
+        s is the logistic function, its integral softplus: softplus(lambda + 2 ln S) is uniform. S = sigma_data. With
+        `velocity` networks each lambda then has the same weight in F (Zheng et al. 2023, arXiv 2305.03935).
+        """
+        start, end, shift = *self.log_snr_range(eps, u.dtype), 2 * math.log(sigma_data)
+        first, last = jax.nn.softplus(start + shift), jax.nn.softplus(end + shift)
+        y = first + u * (last - first)
+        return jnp.clip(self.time_at_log_snr(y + jnp.log(-jnp.expm1(-y)) - shift), eps, self.T)
+
+    def inverse_velocity_density(self, t: PerExample, eps: float, sigma_data: float) -> PerExample:
+        """1 / q(lambda(t)) for the density q, over lambda, of `velocity_time`."""
+        start, end, shift = *self.log_snr_range(eps, t.dtype), 2 * math.log(sigma_data)
+        mass = jax.nn.softplus(start + shift) - jax.nn.softplus(end + shift)
+        return mass / jax.nn.sigmoid(self.log_snr(t) + shift)
+
     def log_snr_range(self, eps: float, dtype: Any = jnp.float32) -> tuple[Array, Array]:
         """lambda(eps) and lambda(T). Their difference normalises the importance-weighted density of `time`."""
         return self.log_snr(jnp.asarray(eps, dtype)), self.log_snr(jnp.asarray(self.T, dtype))
@@ -234,12 +251,55 @@ class VESDE(SDE):
         return jnp.zeros_like(x), share * self.discrete_sigmas[index]
 
 
+@dataclasses.dataclass(frozen=True)
+class LogSNRPath(SDE):
+    """Processes whose log-SNR falls linearly in t between two ends (Zheng et al. 2023, arXiv 2305.03935)."""
+
+    log_snr_min: float = -5.0
+    log_snr_max: float = 13.3
+
+    @property
+    def prior_std(self) -> float:
+        with jax.ensure_compile_time_eval():
+            return float(self.sigma(jnp.asarray(self.T)))
+
+    def log_snr(self, t: Array) -> Array:
+        return self.log_snr_max + t * (self.log_snr_min - self.log_snr_max)
+
+    def time_at_log_snr(self, log_snr: Array) -> Array:
+        return jnp.clip((self.log_snr_max - log_snr) / (self.log_snr_max - self.log_snr_min), 0, self.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class VPLogSNR(LogSNRPath):
+    """Variance preserving: alpha^2 and sigma^2 are the logistic function of lambda and of -lambda."""
+
+    def log_alpha(self, t: Array) -> Array:
+        return -0.5 * jax.nn.softplus(-self.log_snr(t))
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.exp(-0.5 * jax.nn.softplus(self.log_snr(t)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StraightPath(LogSNRPath):
+    """alpha + sigma = 1, so that x_t lies on the straight line from data to noise (Lipman et al. 2023)."""
+
+    def log_alpha(self, t: Array) -> Array:
+        return -jax.nn.softplus(-0.5 * self.log_snr(t))
+
+    def sigma(self, t: Array) -> Array:
+        return jax.nn.sigmoid(-0.5 * self.log_snr(t))
+
+
 # A value of `training.sde` -> the process with the constants of `config.model`
 SDES: dict[str, Callable[[Any], SDE]] = {
     "vpsde": lambda model: VPSDE(model.num_scales, model.beta_min, model.beta_max),
     "subvpsde": lambda model: subVPSDE(model.num_scales, model.beta_min, model.beta_max),
     "vesde": lambda model: VESDE(model.num_scales, model.sigma_min, model.sigma_max),
     "linearvesde": lambda model: VESDE(model.num_scales, model.sigma_min, model.sigma_max, linear=True),
+    "vp_log_snr": lambda model: VPLogSNR(model.num_scales, model.log_snr_min, model.log_snr_max),
+    "straight": lambda model: StraightPath(model.num_scales, model.log_snr_min, model.log_snr_max),
 }
 
 

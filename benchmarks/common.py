@@ -73,7 +73,7 @@ def loss_fn_of(config: Any) -> losses.LossFn:
     def score_fn_of_params(params, model_state, keys):
         return get_score_fn(sde, model, params, model_state, train=True, dropout_keys=keys)
 
-    return losses.get_loss_fn(config.training, sde, score_fn_of_params)
+    return losses.get_loss_fn(config.training, sde, score_fn_of_params, config.model.sigma_data)
 
 
 def images(config: Any, batch: int) -> jax.Array:

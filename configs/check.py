@@ -68,6 +68,7 @@ RULES: dict[str, Rule] = {
     "training.second_order_weight": at_least(0),
     "training.third_order_weight": at_least(0),
     "training.weighting": REGISTERED,
+    "training.time_sampling": choice_or_nothing("uniform", "log_snr", "velocity"),
     "training.continuous": Rule(bool, "is not supported: the losses are defined for continuous time; set it to True"),
     "training.smallest_time": TIME,
     "training.batch_size": at_least(1),
@@ -103,6 +104,8 @@ RULES: dict[str, Rule] = {
     "model.sigma_max": POSITIVE,
     "model.beta_min": POSITIVE,
     "model.beta_max": POSITIVE,
+    "model.log_snr_min": ANY,
+    "model.log_snr_max": ANY,
     "model.num_scales": at_least(2),  # NCSN's noise levels need a lowest and a highest
     "model.normalization": choice("GroupNorm"),
     "model.nonlinearity": any_case("elu", "relu", "lrelu", "swish"),
@@ -118,6 +121,8 @@ RULES: dict[str, Rule] = {
     "model.progressive_combine": any_case("sum", "cat"),
     "model.embedding_type": any_case("fourier", "positional"),
     "model.fourier_scale": POSITIVE,
+    "model.time_condition": choice("public", "log_snr"),
+    "model.log_snr_scale": POSITIVE,
     "model.init_scale": at_least(0),
     "model.conv_size": Rule(lambda value: value > 0 and value % 2 == 1, "must be odd and positive"),
     "model.dropout": FRACTION,
@@ -173,13 +178,22 @@ RULES: dict[str, Rule] = {
 
 _POINTS = ("mog", "checkerboard", "swissroll")
 _OWN = ("DIGITS", "IMAGE_FOLDER", "PATCHES")
+_WITHOUT_VELOCITY = (
+    {"model.name": "ncsnpp", "model.parameterization": ""},
+    {"model.parameterization": "noise"},
+    {"model.parameterization": "score"},
+)
 # Each entry is a setting and the keys that do nothing under it. There a key must keep its default.
 # Shapes of another network and constants of another process are not listed, because config files set them for all.
 INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"model.name": "mlp"}, ("model.remat", "model.dtype")),
+    ({"model.name": "mlp"}, ("model.remat", "model.dtype", "model.time_condition", "model.log_snr_scale")),
     ({"model.name": "ncsnpp"}, ("model.num_layers",)),
-    ({"model.name": "ncsnpp", "model.parameterization": ""}, ("model.sigma_data",)),
-    *(({"model.parameterization": form}, ("model.sigma_data",)) for form in ("noise", "score")),
+    ({"model.time_condition": "public"}, ("model.log_snr_scale",)),
+    *(
+        ({**network, "training.time_sampling": times}, ("model.sigma_data",))
+        for network in _WITHOUT_VELOCITY
+        for times in ("", "uniform", "log_snr")
+    ),
     *(({"data.dataset": name}, ("data.dir", "data.centered", "eval.gaussian_baseline")) for name in _POINTS),
     *(({"data.dataset": name}, ("data.dim",)) for name in (*_POINTS[1:], *_OWN, "CIFAR10")),
     *(({"data.dataset": name}, ("data.category",)) for name in (*_POINTS, *_OWN, "FASHION_MNIST", "CIFAR10")),
@@ -296,6 +310,10 @@ def _training_conflicts(c: dict[str, Any]) -> Iterator[str]:
     if c["training.weighting"] and c["training.likelihood_weighting"]:
         pair = _pair(c, "training.weighting", "training.likelihood_weighting")
         yield f"{pair}: it takes its place; set training.likelihood_weighting=False"
+    for key in ("training.likelihood_weighting", "training.weighting"):
+        if c[key] and c["training.time_sampling"]:
+            pair = _pair(c, key, "training.time_sampling")
+            yield f"{pair}: it has the likelihood's weight; leave {key} at its default"
     for key in ("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"):
         frequency, jitted = c[f"training.{key}"], c["training.n_jitted_steps"]
         if frequency % jitted:
@@ -309,6 +327,9 @@ def _model_conflicts(c: dict[str, Any]) -> Iterator[str]:
         yield f"{_pair(c, 'model.sigma_min', 'model.sigma_max')}: noise must grow; set sigma_min below sigma_max"
     if c["model.beta_min"] > c["model.beta_max"]:
         yield f"{_pair(c, 'model.beta_min', 'model.beta_max')}: set beta_min at or below beta_max"
+    if c["model.log_snr_min"] >= c["model.log_snr_max"]:
+        pair = _pair(c, "model.log_snr_min", "model.log_snr_max")
+        yield f"{pair}: the log-SNR must fall; set log_snr_min below log_snr_max"
     if c["model.name"].lower() == "ncsnpp":
         yield from _ncsnpp_conflicts(c)
 
@@ -338,7 +359,7 @@ def _sampling_conflicts(c: dict[str, Any]) -> Iterator[str]:
     if predictor == "ancestral_sampling" and c["sampling.probability_flow"]:
         pair = _pair(c, "sampling.predictor", "sampling.probability_flow")
         yield f"{pair}: its noise is part of it; set sampling.probability_flow=False"
-    if predictor == "ancestral_sampling" and sde == "subvpsde":
+    if predictor == "ancestral_sampling" and sde in ("subvpsde", "vp_log_snr", "straight"):
         pair = _pair(c, "sampling.predictor", "training.sde")
         yield f"{pair}: it is defined for vpsde and vesde; set sampling.predictor=reverse_diffusion"
     # DDPM's step has the factor sqrt(1 - beta), beta up to beta_max / N. The correctors' step size has 1 - beta.

@@ -13,7 +13,7 @@ def get_default_configs() -> ConfigDict:
     config.seed = 42
 
     config.training = training = ConfigDict()
-    training.sde = "vesde"  # vpsde | subvpsde | vesde | linearvesde
+    training.sde = "vesde"  # vpsde | subvpsde | vesde | linearvesde | vp_log_snr | straight
     training.score_matching_order = 1  # 1 | 2 | 3
     training.second_order_weight = 1.0
     training.third_order_weight = 1.0
@@ -23,6 +23,8 @@ def get_default_configs() -> ConfigDict:
     training.weighting = ""  # of order 1: a name in losses.WEIGHTINGS; empty: the next two keys decide
     training.likelihood_weighting = False
     training.importance_weighting = False  # draws t uniform in log-SNR; with likelihood_weighting only
+    training.time_sampling = ""  # uniform | log_snr | velocity, all orders weighted for likelihood; empty: keys above
+    training.antithetic_times = False  # the times of a batch are evenly spread
     training.smallest_time = 1e-5
     training.batch_size = 128
     training.num_microbatches = 1  # splits a device's batch to save memory; the gradients are the same
@@ -68,6 +70,8 @@ def get_default_configs() -> ConfigDict:
     model.sigma_max = 50.0
     model.beta_min = 0.1
     model.beta_max = 20.0
+    model.log_snr_min = -5.0  # of vp_log_snr and straight, at the end of time
+    model.log_snr_max = 13.3  # and at its start; 13.3 suits 256 levels, 10 the digits' 17
     model.num_scales = 1000
     model.normalization = "GroupNorm"
     model.nonlinearity = "swish"  # elu | relu | lrelu | swish
@@ -88,6 +92,8 @@ def get_default_configs() -> ConfigDict:
     model.embedding_type = "fourier"  # fourier | positional
     model.fourier_scale = 16.0
     model.trainable_embedding = False
+    model.time_condition = "public"  # public: sigma of VE, else 999 t | log_snr, with a positional embedding
+    model.log_snr_scale = 4.0  # radians of the fastest feature for a unit of log-SNR
     model.init_scale = 0.0
     model.conv_size = 3
     model.dropout = 0.1

@@ -16,7 +16,7 @@ from task import Task
 CANNOT_MATTER = (
     *("batch_size", "num_microbatches", "n_iters", "n_jitted_steps", "matmul_precision", "max_bad_steps"),
     *("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption", "snapshot_minutes_for_preemption"),
-    *("snapshot_sampling", "init_from", "init_optimizer", "wandb_project"),
+    *("snapshot_sampling", "init_from", "init_optimizer", "wandb_project", "antithetic_times"),
 )
 
 
@@ -24,7 +24,11 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     """The data are dequantised as in training, so `dequantizer` has no part in it; no dropout, no flips."""
     config = task.config
     examples = split(task, "test", limit=config.eval.num_examples)
-    loss_fn = losses.get_loss_fn(config.training, task.sde, lambda params, state, _: task.score_fn(params, state))
+    training = config.training.copy_and_resolve_references()
+    training.antithetic_times = False  # the times of an example do not depend on the others
+    loss_fn = losses.get_loss_fn(
+        training, task.sde, lambda params, state, _: task.score_fn(params, state), config.model.sigma_data
+    )
 
     def terms_of(params, model_state, x, index):
         _, terms = loss_fn(params, model_state, x, index, jax.random.PRNGKey(config.seed))

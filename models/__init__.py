@@ -22,12 +22,17 @@ from models.ncsnpp import NCSNpp
 
 
 def _ncsnpp(config: Any) -> NCSNpp:
-    model, takes_sigma = config.model, sde_lib.from_config(config).conditions_on_sigma
+    model, takes_log_snr = config.model, config.model.time_condition == "log_snr"
+    takes_sigma = sde_lib.from_config(config).conditions_on_sigma and not takes_log_snr
     parameterization = model.parameterization or ("score" if takes_sigma else "noise")
     if takes_sigma and model.embedding_type.lower() == "positional":
         raise UserError(
             "model.embedding_type='positional' embeds a time, but with this training.sde the network takes sigma; "
             "set model.embedding_type=fourier"
+        )
+    if takes_log_snr and model.embedding_type.lower() == "fourier":
+        raise UserError(
+            "model.time_condition='log_snr' is scaled for a positional embedding; set model.embedding_type=positional"
         )
     if model.scale_by_sigma and not (takes_sigma and parameterization == "score"):
         raise UserError(
@@ -39,7 +44,11 @@ def _ncsnpp(config: Any) -> NCSNpp:
     del types["name"]  # flax's own field
     options: dict[str, Any] = {key: (str.lower if kind is str else kind)(model[key]) for key, kind in types.items()}
     options |= {"fir_kernel": tuple(map(float, model.fir_kernel)), "parameterization": parameterization}
-    return NCSNpp(**options, centered=config.data.centered, conditioning="sigma" if takes_sigma else "scaled_time")
+    return NCSNpp(
+        **options,
+        centered=config.data.centered or parameterization == "velocity",  # whose input has unit variance about 0
+        conditioning="log_snr" if takes_log_snr else "sigma" if takes_sigma else "scaled_time",
+    )
 
 
 def _mlp(config: Any) -> MLP:

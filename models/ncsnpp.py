@@ -28,9 +28,9 @@ def _rematted(block: type[nn.Module]) -> type[nn.Module]:
 class NCSNpp(nn.Module):
     """Maps images [B, H, W, C] and a time condition [B] to [B, H, W, C].
 
-    `models.score.get_score_fn` makes a score of the output, by `parameterization`. The time condition is sigma or 999 t
-    if `conditioning` is "sigma" or "scaled_time". The other fields are keys of `config.model` and `config.data`;
-    `configs.check` has their values, and the image sizes that fit `ch_mult`.
+    `models.score.get_score_fn` makes a score of the output, by `parameterization`. The time condition is sigma, 999 t
+    or the log-SNR if `conditioning` is "sigma", "scaled_time" or "log_snr". The other fields are keys of `config.model`
+    and `config.data`; `configs.check` has their values, and the image sizes that fit `ch_mult`.
     With `dtype` "bfloat16" the feature maps and their products with weights are in bfloat16. Parameters, time
     embedding, the statistics of the normalisations, and the convolutions that read the image or write the output stay
     float32: bfloat16 pixels would be as coarse as the smallest noise.
@@ -58,6 +58,7 @@ class NCSNpp(nn.Module):
     embedding_type: str
     fourier_scale: float
     trainable_embedding: bool
+    log_snr_scale: float
     init_scale: float
     conv_size: int
     scale_by_sigma: bool
@@ -87,7 +88,8 @@ class NCSNpp(nn.Module):
             # It is created even if not conditional: its fixed weights are part of every checkpoint.
             temb = layerspp.GaussianFourierProjection(self.nf, self.fourier_scale, self.trainable_embedding)(level)
         else:
-            temb = get_timestep_embedding(time_cond, self.nf)
+            scale = self.log_snr_scale if self.conditioning == "log_snr" else 1.0
+            temb = get_timestep_embedding(scale * time_cond, self.nf)
         if not self.conditional:
             return None
         temb = dense(4 * self.nf)(temb)

@@ -150,6 +150,7 @@ BAD = {
     RULES["eval.dataset"].otherwise: ("validation", "Test"),
     RULES["model.conv_size"].otherwise: (0, 2, -1),
     RULES["model.parameterization"].otherwise: ("v", "Noise"),
+    RULES["training.time_sampling"].otherwise: ("importance", "Uniform"),
     RULES["model.ch_mult"].otherwise: ((), (1, 0), (1, -2), (1.0, 2), (1, "2"), (True, 2), ((1,), 2)),
     RULES["model.attn_resolutions"].otherwise: ((0,), (-8,), (8.0,), ("8",), (True,)),
     RULES["model.fir_kernel"].otherwise: ((), (0, 0), (1, math.nan), (math.inf,), ("1",), (1, -1)),
@@ -200,6 +201,8 @@ CONFLICTS = [  # what sets the scene and passes, what is then in conflict and is
     ({}, {"training.reduce_mean": False, "training.score_matching_order": 3}, "set training.reduce_mean=True"),
     ({}, {"training.importance_weighting": True}, "needs training.likelihood_weighting=True"),
     ({}, {"training.weighting": "uniform", "training.likelihood_weighting": True}, "takes its place"),
+    ({}, {"training.time_sampling": "uniform", "training.weighting": "likelihood"}, "it has the likelihood's weight"),
+    ({}, {"training.time_sampling": "velocity", "training.likelihood_weighting": True}, "leave training.likelihood"),
     ({}, {"training.n_jitted_steps": 7, "training.log_freq": 100}, "must divide"),
     (JITTED, {"training.eval_freq": 150}, "training.n_jitted_steps=100 must divide"),
     (JITTED, {"training.snapshot_freq": 150}, "training.n_jitted_steps=100 must divide"),
@@ -207,12 +210,15 @@ CONFLICTS = [  # what sets the scene and passes, what is then in conflict and is
     ({}, {"training.init_optimizer": True}, "needs training.init_from"),
     ({}, {"model.sigma_min": 50.0, "model.sigma_max": 50.0}, "set sigma_min below sigma_max"),
     ({}, {"model.beta_min": 6.0, "model.beta_max": 5.0}, "set beta_min at or below beta_max"),
+    ({}, {"model.log_snr_min": 2.0, "model.log_snr_max": 2.0}, "set log_snr_min below log_snr_max"),
     ({}, {"data.image_size": 28, "model.ch_mult": (1, 2, 2, 2)}, "cannot be halved 3 times"),
     ({}, {"data.image_size": 64, "model.attn_resolutions": (64, 4)}, "4 never occurs"),
     ({}, {"model.ch_mult": (1, 2), "model.attn_resolutions": (8,)}, "use some of 32, 16, or ()"),
     (PC, {"sampling.predictor": "none", "sampling.corrector": "none"}, "set one of them"),
     (ANCESTRAL, {"sampling.probability_flow": True}, "set sampling.probability_flow=False"),
     ({**VP, **ANCESTRAL}, {"training.sde": "subvpsde"}, "set sampling.predictor=reverse_diffusion"),
+    ({**VP, **ANCESTRAL}, {"training.sde": "straight"}, "set sampling.predictor=reverse_diffusion"),
+    ({**VP, **ANCESTRAL}, {"training.sde": "vp_log_snr"}, "set sampling.predictor=reverse_diffusion"),
     ({**VP, **PC}, {"model.num_scales": 20, "model.beta_max": 20.0}, "raise model.num_scales"),
     ({**VP, **NO_CORRECTOR}, {"model.num_scales": 15, "model.beta_max": 15.5}, "raise model.num_scales"),
     (
@@ -271,7 +277,7 @@ def test_too_few_steps_are_nan_where_the_check_says_so(sde, predictor, corrector
 
 
 # another value of a key that holds text
-OTHER = {"model.dtype": "bfloat16", "data.category": "church", "data.dir": "/data"}
+OTHER = {"model.time_condition": "log_snr", "model.dtype": "bfloat16", "data.category": "church", "data.dir": "/data"}
 
 
 def another(key):

@@ -18,7 +18,7 @@ from likelihood import (
     probe,
     score_and_divergence,
 )
-from sde_lib import VESDE, VPSDE, subVPSDE
+from sde_lib import VESDE, VPSDE, StraightPath, VPLogSNR, subVPSDE
 
 EPS = 1e-5
 SDES = {
@@ -26,7 +26,11 @@ SDES = {
     "subvp": subVPSDE(beta_min=0.1, beta_max=20.0),
     "ve": VESDE(sigma_min=0.01, sigma_max=50.0),
     "linearve": VESDE(sigma_min=0.01, sigma_max=50.0, linear=True),
+    "vp_log_snr": VPLogSNR(log_snr_min=-5.0, log_snr_max=13.3),
+    "straight": StraightPath(log_snr_min=-5.0, log_snr_max=13.3),
 }
+NAMES = [pytest.param(name, marks=pytest.mark.slow if "log_snr" in name else ()) for name in SDES]
+every_sde = pytest.mark.parametrize("name", NAMES)
 MU = np.array([0.3, -0.5, 0.1])
 STD = np.array([0.4, 0.8, 1.5])
 
@@ -37,7 +41,13 @@ def solve(sde, score_fn, x, v, **options):
 
 
 def alpha_and_sigma(name, t):
-    """Written out in float64 from the definitions of the four processes."""
+    """Written out in float64 from the definitions of the processes."""
+    if name == "vp_log_snr":
+        snr = np.exp(13.3 - 18.3 * t)
+        return np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
+    if name == "straight":
+        ratio = np.exp((13.3 - 18.3 * t) / 2)
+        return ratio / (1 + ratio), 1 / (1 + ratio)
     log_alpha = 0.0 if "ve" in name else -(t**2) * 19.9 / 4 - t * 0.1 / 2
     sigma = {
         "vp": np.sqrt(-np.expm1(2 * log_alpha)),
@@ -71,7 +81,7 @@ def flow_truth(name, x):
     """Latent and log density under the flow: (x_t - mean_t) / std_t is constant along it, so the map is affine."""
     (mean0, std0), (mean1, std1) = marginal(name, EPS), marginal(name, 1.0)
     z = mean1 + std1 * (x - mean0) / std0
-    prior_std = 50.0 if "ve" in name else 1.0
+    prior_std = SDES[name].prior_std
     logp = normal_logp(z, 0, np.full(3, prior_std)) + np.sum(np.log(std1 / std0))
     return z, logp.astype(np.float64)
 
@@ -80,7 +90,7 @@ def data(n):
     return np.random.default_rng(0).normal(size=(n, 3)) * STD + MU
 
 
-@pytest.mark.parametrize("name", SDES)
+@every_sde
 def test_ode_likelihood_of_a_gaussian(name):
     sde, x = SDES[name], data(5)
     score_fn = gaussian_score(sde)
@@ -95,7 +105,7 @@ def test_ode_likelihood_of_a_gaussian(name):
         np.testing.assert_allclose(logp, normal_logp(x, MU, STD), atol=1e-2)
 
 
-@pytest.mark.parametrize("name", SDES)
+@every_sde
 def test_ode_likelihood_converges_to_the_truth(name):
     with jax.enable_x64(True):
         sde, x = SDES[name], data(2)
@@ -181,7 +191,7 @@ def mean_and_error(sde, score_fn, x, **options):
 @pytest.mark.parametrize(
     ("name", "denoising", "importance_weighting"),
     [
-        *((name, True, True) for name in SDES),
+        *((*name.values, True, True) for name in NAMES),
         ("vp", True, False),
         ("vp", False, True),
         ("subvp", False, False),
@@ -206,7 +216,7 @@ def bound_truth(name, x):
     noise = np.random.default_rng(0).normal(size=(4000, 3))
     noise = np.concatenate([noise, -noise])
     x_T = alpha * x + sigma * noise
-    prior_std = 50.0 if "ve" in name else 1.0
+    prior_std = SDES[name].prior_std
     misfit = normal_logp(x_T, 0, np.full(3, prior_std)) - normal_logp(x_T, *marginal(name, 1.0))
     return normal_logp(x, MU, STD) + misfit.mean()
 
@@ -277,7 +287,7 @@ def solve_even(sde, score_fn, x, v, **options):
 
 
 @pytest.mark.parametrize("data_std", [0.25, 0.8])
-@pytest.mark.parametrize("name", SDES)
+@every_sde
 def test_even_grid_of_a_gaussian(name, data_std):
     sde, x = SDES[name], data(5)
     v = probe(jax.random.key(0), (5, 3), "rademacher")
@@ -290,7 +300,7 @@ def test_even_grid_of_a_gaussian(name, data_std):
     assert np.all(error < 3e-4)  # nothing is rough here
 
 
-@pytest.mark.parametrize("name", SDES)
+@every_sde
 def test_even_grid_converges_to_the_truth(name):
     with jax.enable_x64(True):
         sde, x = SDES[name], data(2)
@@ -304,7 +314,7 @@ def test_even_grid_converges_to_the_truth(name):
         np.testing.assert_allclose(np.log2(errors[:-1]) - np.log2(errors[1:]), 3, atol=0.3)  # third order
 
 
-@pytest.mark.parametrize("name", SDES)
+@every_sde
 def test_even_grid_has_nothing_to_do_for_data_of_its_own_deviation(name):
     """The score of N(0, S^2 I): w and the log density stand still, so the fewest steps cross the whole range."""
     sde, x, std = SDES[name], jnp.asarray(data(4), jnp.float32), 0.6
@@ -313,7 +323,7 @@ def test_even_grid_has_nothing_to_do_for_data_of_its_own_deviation(name):
         return -x / (jnp.square(sde.alpha(t) * std) + jnp.square(sde.sigma(t)))[:, None]
 
     logp, _, _, _ = solve_even(sde, score_fn, x, None, data_std=std, steps=4)
-    prior_std = 50.0 if "ve" in name else 1.0
+    prior_std = SDES[name].prior_std
     (alpha0, sigma0), (alpha1, sigma1) = alpha_and_sigma(name, EPS), alpha_and_sigma(name, 1.0)
     ratio = np.hypot(alpha1 * std, sigma1) / np.hypot(alpha0 * std, sigma0)
     truth = normal_logp(np.asarray(x, np.float64) * ratio, 0, np.full(3, prior_std)) + 3 * np.log(ratio)

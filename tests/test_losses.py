@@ -15,6 +15,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 from quick import busy_jit, jit
+from scipy import integrate, special, stats
 
 import losses
 import sde_lib
@@ -22,7 +23,13 @@ from configs.default_configs import get_default_configs
 from errors import UserError
 
 SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.subVPSDE(), "ve": sde_lib.VESDE()}
-all_sdes = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
+NEW_SDES = {
+    "vp_log_snr": sde_lib.VPLogSNR(log_snr_min=-4.0, log_snr_max=9.0),
+    "straight": sde_lib.StraightPath(log_snr_min=-4.0, log_snr_max=9.0),
+}
+ALL_SDES = {**SDES, **NEW_SDES}
+new = [pytest.param(sde, marks=pytest.mark.slow) for sde in NEW_SDES.values()]
+all_sdes = pytest.mark.parametrize("sde", [*SDES.values(), *new], ids=ALL_SDES)
 all_orders = pytest.mark.parametrize("order", [1, 2, 3])
 both_forms = pytest.mark.parametrize("exact", [False, True], ids=["probe", "exact"])
 
@@ -304,14 +311,102 @@ def test_likelihood_weighting_and_importance_weighting_agree(sde):
 
 def test_draws_depend_on_key_and_index_alone():
     sde, key = SDES["vp"], jax.random.PRNGKey(3)
-    draw = jax.jit(lambda index: losses.draw(sde, key, index, (2, 2), eps=1e-5, importance=False))
+    draw = jax.jit(lambda index: losses.draw(key, index, (2, 2), lambda u: sde.time(u, 1e-5, False)))
     whole, part = draw(jnp.arange(8)), draw(jnp.array([5, 2]))
     for a, b in zip(whole, part, strict=True):
         np.testing.assert_array_equal(np.asarray(a)[[5, 2]], b)
-    many = jit(lambda index: losses.draw(sde, key, index, (2,), eps=0.01, importance=True))(jnp.arange(4000))
+    many = jit(lambda index: losses.draw(key, index, (2,), lambda u: sde.time(u, 0.01, True)))(jnp.arange(4000))
     assert many.t.min() >= 0.01 * (1 - 1e-5) and many.t.max() <= 1
     assert set(np.unique(many.v)) == {-1.0, 1.0}
     np.testing.assert_allclose(np.cov(np.asarray(many.z).T), np.eye(2), atol=0.1)
+
+
+def test_antithetic_times_are_evenly_spread_over_the_batch():
+    draw = jit(lambda key, index: losses.draw(key, index, (1,), lambda u: u, antithetic=8))
+    u = np.asarray(draw(jax.random.PRNGKey(3), jnp.arange(8)).t)
+    np.testing.assert_allclose(np.diff(np.sort(u)), 1 / 8, rtol=1e-12)
+    assert np.array_equal(draw(jax.random.PRNGKey(3), jnp.array([6, 1])).t, u[[6, 1]])  # on another device
+    starts = [np.min(draw(jax.random.PRNGKey(k), jnp.arange(8)).t) for k in range(300)]
+    assert stats.kstest(np.array(starts) * 8, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "log_snr", "velocity"])
+@pytest.mark.parametrize("name", ALL_SDES)
+def test_every_time_sampling_has_the_weight_of_the_likelihood(name, sampling):
+    """E w(t) L(t) by an even grid of u against the mean over lambda of a smooth L, and the law of lambda itself."""
+    sde, config, sigma_data = ALL_SDES[name], training_config(time_sampling=sampling, smallest_time=1e-3), 0.7
+    time, factor = losses.get_times(config, sde, sigma_data)
+    n = 400_000
+    t = time((jnp.arange(n) + 0.5) / n)
+    start, end = map(float, sde.log_snr_range(1e-3, jnp.float64))
+    log_snr = np.asarray(sde.log_snr(t))
+
+    def loss(log_snr):  # that falls with the signal, as that of every network does
+        return special.expit(log_snr + 1) * (1 + np.cos(0.4 * log_snr))
+
+    truth = integrate.quad(loss, end, start)[0] / (start - end)
+    np.testing.assert_allclose(np.mean(np.asarray(factor(t)) * loss(log_snr)), truth, rtol=1e-5)
+    if sampling == "velocity":  # the quantiles of a density ~ s(lambda + 2 ln S), inverted numerically
+        grid = np.linspace(end, start, 200_001)
+        density = special.expit(grid + 2 * np.log(sigma_data))
+        mass = integrate.cumulative_trapezoid(density, grid, initial=0)
+        u = np.array([0.03, 0.2, 0.5, 0.9, 0.999])
+        truth = np.interp((1 - u) * mass[-1], mass, grid)
+        np.testing.assert_allclose(sde.log_snr(time(jnp.asarray(u))), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL_SDES)
+def test_loss_of_velocity_is_that_of_the_noise(name):
+    """w |eps_hat - eps|^2 is constant times |F - F*|^2 with times drawn for velocity, F* the standardised target."""
+    sde, sigma_data, dim = ALL_SDES[name], 0.6, 3
+    rng = np.random.default_rng(4)
+    x0, matrix = jnp.asarray(rng.normal(size=(9, dim))) * sigma_data, jnp.asarray(rng.normal(size=(dim, dim)))
+    key = jax.random.PRNGKey(5)
+
+    def score_fn_of(params, state, keys):
+        def score_fn(x, t):
+            alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+            v = (alpha * sigma_data) ** 2 + sigma**2
+            return -x / v - alpha * sigma_data / (sigma * jnp.sqrt(v)) * jnp.tanh(x / jnp.sqrt(v) @ matrix)
+
+        return score_fn
+
+    config = training_config(time_sampling="velocity", smallest_time=1e-3)
+    loss_fn = jit(losses.get_loss_fn(config, sde, score_fn_of, sigma_data))
+    _, terms = loss_fn({}, {}, x0, jnp.arange(9), key)
+    time, _ = losses.get_times(config, sde, sigma_data)
+    t, z, _ = losses.draw(jax.random.split(key)[0], jnp.arange(9), (dim,), time)
+    alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+    std = jnp.sqrt((alpha * sigma_data) ** 2 + sigma**2)
+    target = (alpha * sigma_data * z - sigma * x0 / sigma_data) / std
+    f = jnp.tanh((alpha * x0 + sigma * z) / std @ matrix)
+    start, end = map(float, sde.log_snr_range(1e-3, jnp.float64))
+    mass = np.logaddexp(0, start + 2 * np.log(sigma_data)) - np.logaddexp(0, end + 2 * np.log(sigma_data))
+    truth = mass / (start - end) * np.mean(np.square(f - target), axis=1)
+    np.testing.assert_allclose(terms["first"], truth, rtol=1e-6)
+
+
+def test_orders_share_the_factor_of_the_times():
+    sde, params = ALL_SDES["vp_log_snr"], tiny_net(2)
+
+    def terms_of(sampling):
+        config = training_config(time_sampling=sampling, score_matching_order=3, smallest_time=1e-3)
+        loss_fn = losses.get_loss_fn(config, sde, lambda p, s, k: jax.vmap(lambda x, t: score_one(p, x, t)), 1.0)
+        time, factor = losses.get_times(config, sde, 1.0)
+        draw_key = jax.random.split(jax.random.PRNGKey(0))[0]
+        draws = losses.draw(draw_key, jnp.arange(4), (2,), time)
+        _, terms = jit(loss_fn)(params, {}, jnp.ones((4, 2)), jnp.arange(4), jax.random.PRNGKey(0))
+        plain = losses.dsm_losses(sde, score_fn_of(params), jnp.ones((4, 2)), *draws, 3)
+        return terms, plain, factor(draws.t)
+
+    def score_fn_of(params):
+        return jax.vmap(lambda x, t: score_one(params, x, t))
+
+    terms, plain, factor = terms_of("velocity")
+    assert np.ptp(factor) > 0.01
+    np.testing.assert_allclose(terms["first"], factor * plain.first, rtol=1e-10)
+    np.testing.assert_allclose(terms["second"], factor * (plain.second_trace + plain.second_frobenius), rtol=1e-10)
+    np.testing.assert_allclose(terms["third"], factor * plain.third, rtol=1e-10)
 
 
 def test_loss_fn_weights_and_reports_its_terms():
@@ -374,9 +469,8 @@ def test_a_new_weighting_and_a_new_term_are_a_function_and_a_line(monkeypatch):
     config.update(weighting="variance", asymmetry_weight=0.3)
     terms, _ = loss_and_grad(config)
 
-    draws = losses.draw(
-        sde, jax.random.split(jax.random.PRNGKey(0))[0], jnp.arange(5), (3,), eps=1e-5, importance=False
-    )
+    draw_key = jax.random.split(jax.random.PRNGKey(0))[0]
+    draws = losses.draw(draw_key, jnp.arange(5), (3,), lambda u: sde.time(u, 1e-5, False))
     variance, v = np.asarray(sde.sigma(draws.t)) ** 2, np.asarray(draws.v)
     antisymmetric = v @ (a - a.T).T
     truth = variance**2 * np.mean(antisymmetric**2, axis=1)

@@ -239,7 +239,7 @@ def mlp_config(sde, **model):
     return tiny_config(sde, name="mlp", nf=16, sigma_data=0.7, **model)
 
 
-@pytest.mark.parametrize("sde", ["vpsde", "subvpsde", "vesde", "linearvesde"])
+@pytest.mark.parametrize("sde", ["vpsde", "subvpsde", "vesde", "linearvesde", "vp_log_snr", "straight"])
 def test_mlp_input_has_unit_variance_and_fresh_score_is_that_of_a_gaussian(sde):
     """For x0 ~ N(0, sigma_data^2): the first layer is given N(0, 1), and before training the score is -x / var(x)."""
     config = mlp_config(sde)

@@ -23,6 +23,10 @@ def vp_log_alpha(t):
     return -(t**2) * (20 - mpf("0.1")) / 4 - t * mpf("0.1") / 2
 
 
+def log_snr(t):
+    return mpf("13.3") - mpf("18.3") * t
+
+
 def vp_alpha_sq(t):
     return mpmath.exp(2 * vp_log_alpha(t))
 
@@ -57,7 +61,28 @@ CASES = {
         lambda t: mpf(0),
         lambda t: 2 * t * mpf(50) ** 2,
     ),
+    # lambda' = -18.3. Of VP alpha^2 = 1 / (1 + e^-lambda), f = lambda' sigma^2 / 2, g^2 = -lambda' sigma^2. Of the
+    # straight path alpha = 1 / (1 + e^(-lambda / 2)), f = lambda' sigma / 2, g^2 = -lambda' sigma^2.
+    "vp_log_snr": (
+        sde_lib.VPLogSNR(),
+        lambda t: -mpmath.log(1 + mpmath.exp(-log_snr(t))) / 2,
+        lambda t: 1 / mpmath.sqrt(1 + mpmath.exp(log_snr(t))),
+        lambda t: -mpf("18.3") / 2 / (1 + mpmath.exp(log_snr(t))),
+        lambda t: mpf("18.3") / (1 + mpmath.exp(log_snr(t))),
+    ),
+    "straight": (
+        sde_lib.StraightPath(),
+        lambda t: -mpmath.log(1 + mpmath.exp(-log_snr(t) / 2)),
+        lambda t: 1 / (1 + mpmath.exp(log_snr(t) / 2)),
+        lambda t: -mpf("18.3") / 2 / (1 + mpmath.exp(log_snr(t) / 2)),
+        lambda t: mpf("18.3") / (1 + mpmath.exp(log_snr(t) / 2)) ** 2,
+    ),
 }
+
+
+def test_the_straight_path_is_straight():
+    sde = sde_lib.StraightPath()
+    np.testing.assert_allclose(sde.alpha(jnp.asarray(T_GRID)) + sde.sigma(jnp.asarray(T_GRID)), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,8 +99,8 @@ def test_closed_forms_in_float32(name):
     np.testing.assert_allclose(sde.sigma(t), truth(sigma), rtol=1e-5)
     np.testing.assert_allclose(sde.drift_coefficient(t), truth(f), rtol=1e-5)
     np.testing.assert_allclose(sde.diffusion_sq(t), truth(g_sq), rtol=1e-5)
-    log_snr = truth(lambda x: 2 * (log_alpha(x) - mpmath.log(sigma(x))))
-    np.testing.assert_allclose(sde.log_snr(t), log_snr, rtol=1e-5, atol=3e-6)
+    by_hand = truth(lambda x: 2 * (log_alpha(x) - mpmath.log(sigma(x))))
+    np.testing.assert_allclose(sde.log_snr(t), by_hand, rtol=1e-5, atol=3e-6)
     x = jnp.ones((len(T_GRID), 2, 3))
     drift, diffusion = sde.sde(x, t)
     np.testing.assert_allclose(drift[:, 1, 2], truth(f), rtol=1e-5)
