@@ -24,8 +24,8 @@ from errors import UserError
 
 SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.subVPSDE(), "ve": sde_lib.VESDE()}
 NEW_SDES = {
-    "vp_log_snr": sde_lib.VPLogSNR(log_snr_min=-4.0, log_snr_max=9.0),
-    "straight": sde_lib.StraightPath(log_snr_min=-4.0, log_snr_max=9.0),
+    "vp_log_snr": sde_lib.VPLogSNR(log_snr_min=-5.0, log_snr_max=4.0),
+    "straight": sde_lib.StraightPath(log_snr_min=-5.0, log_snr_max=4.0),
 }
 ALL_SDES = {**SDES, **NEW_SDES}
 new = [pytest.param(sde, marks=pytest.mark.slow) for sde in NEW_SDES.values()]
