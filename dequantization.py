@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variational dequantisation (Ho et al. 2019, arXiv 1902.00275): continuous images from 8-bit ones, and its loss.
+"""Dequantisation: continuous images from those of whole levels, with the density of the noise, and a trained one.
 
 For levels k in {0, ..., 255}, noise v ~ q(v | k) in [0, 1)^D and a density p of (k + v) / 256,
-log2 P(k) >= E[log2 p((k + v) / 256) - log2 q(v | k)] - 8 D. Uniform noise is q = 1; a flow is trained to raise this.
+log2 P(k) >= E[log2 p((k + v) / 256) - log2 q(v | k)] - 8 D. Uniform noise is q = 1; a flow is trained to raise this
+(variational dequantisation, Ho et al. 2019, arXiv 1902.00275). A truncated normal needs neither training nor uniform
+noise in the score model's (Zheng et al. 2023, arXiv 2305.03935).
 """
 
 import math
@@ -16,7 +18,7 @@ from jaxtyping import Array, Shaped
 
 from likelihood import bits_per_dim, likelihood_bound
 from losses import LossFn
-from sde_lib import SDE, Batch, PerExample, ScoreFn
+from sde_lib import SDE, Batch, PerExample, ScoreFn, batch_mul
 
 Scaler = Callable[[Array], Array]
 
@@ -42,6 +44,24 @@ def dequantize(
     noise, log_q = flow.apply({"params": params}, u, image01, dropout_keys)
     level = jnp.round((levels - 1) * image01)
     return jnp.minimum(level + noise, jnp.nextafter(level + 1, level)) / levels, log_q  # level + noise may round up
+
+
+def truncated_normal(sde: SDE, x: Batch, u: Batch, half: float, eps: float) -> tuple[Batch, PerExample]:
+    """x_eps = alpha x + sigma n, and its log density log q(x_eps | x) [B] in nats, n ~ N(0, 1) cut to [-tau, tau].
+
+    tau = alpha half / sigma at the time eps, so that the values of neighbouring levels meet and do not overlap. Then
+    log P(x) >= E[log p(x_eps) - log q(x_eps | x)] for a density p at eps. The mean of -log q is
+    D (ln(sigma Q sqrt(2 pi e)) - tau phi(tau) / Q), with phi the normal density and Q = erf(tau / sqrt 2).
+
+    Args:
+        x: levels, in the model's range. half: half the distance of two levels there. u: uniform in [0, 1].
+    """
+    t = jnp.full(x.shape[0], eps, x.dtype)
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    mass = jax.scipy.special.erf(alpha * half / sigma / math.sqrt(2))
+    n = math.sqrt(2) * jax.scipy.special.erfinv(batch_mul(mass, 2 * u - 1))
+    log_q = -0.5 * jnp.square(n) - batch_mul(jnp.log(sigma * mass) + 0.5 * math.log(2 * math.pi), jnp.ones_like(n))
+    return batch_mul(alpha, x) + batch_mul(sigma, n), jnp.sum(log_q.reshape(len(x), -1), axis=1)
 
 
 def get_loss_fn(

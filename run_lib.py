@@ -19,9 +19,8 @@ import report
 from configs.check import check_config
 from configs.resume import check_resumed
 from errors import UserError
-from evaluators import EVALUATORS
+from evaluators import EVALUATORS, dequantized
 from evaluators.context import Context
-from evaluators.dequantized import uniform, variational
 from evaluators.inception import load_features
 from evaluators.samples import sample_saver
 from evaluators.units import code_digest
@@ -189,7 +188,7 @@ def evaluate(
     checkpoints.find(workdir / "checkpoints", numbers[0], settings.wait_for_checkpoints_s)
     task = build(config)
     with workdir_lock(out):
-        dequantizer = variational(task, workdir / deq_folder) if settings.dequantizer else uniform()
+        dequantizer = dequantized.create(task, workdir / deq_folder)
         wanted = {name: make for name, make in EVALUATORS.items() if settings[name]}
         evaluators = [make(task, dequantizer) for make in wanted.values()]
         target = task.init_state()

@@ -159,6 +159,8 @@ RULES: dict[str, Rule] = {
     "eval.ode_steps": Rule(lambda value: value >= 4 and value % 2 == 0, "must be an even number, 4 or more"),
     "eval.ode_data_std": POSITIVE,
     "eval.bound_num_times": at_least(1),
+    "eval.dequantization": choice("uniform", "truncated_normal", "variational"),
+    "eval.importance_samples": at_least(1),
     "eval.fisher_num_times": at_least(2),
     "eval.fisher_num_examples": at_least(0),
     "eval.fisher_num_probes": at_least(1),
@@ -177,6 +179,7 @@ RULES: dict[str, Rule] = {
 
 
 _POINTS = ("mog", "checkerboard", "swissroll")
+_OF_IMAGES = ("data.centered", "eval.gaussian_baseline", "eval.dequantization", "eval.importance_samples")
 _OWN = ("DIGITS", "IMAGE_FOLDER", "PATCHES")
 _WITHOUT_VELOCITY = (
     {"model.name": "ncsnpp", "model.parameterization": ""},
@@ -194,7 +197,7 @@ INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for network in _WITHOUT_VELOCITY
         for times in ("", "uniform", "log_snr")
     ),
-    *(({"data.dataset": name}, ("data.dir", "data.centered", "eval.gaussian_baseline")) for name in _POINTS),
+    *(({"data.dataset": name}, (*_OF_IMAGES, "data.dir")) for name in _POINTS),
     *(({"data.dataset": name}, ("data.dim",)) for name in (*_POINTS[1:], *_OWN, "CIFAR10")),
     *(({"data.dataset": name}, ("data.category",)) for name in (*_POINTS, *_OWN, "FASHION_MNIST", "CIFAR10")),
     ({"data.dataset": "DIGITS"}, ("data.dir",)),
@@ -377,6 +380,9 @@ def _eval_conflicts(c: dict[str, Any]) -> Iterator[str]:
     if c["eval.enable_sampling"] and c["eval.num_samples"] < 1:
         pair = _pair(c, "eval.num_samples", "eval.enable_sampling")
         yield f"{pair}: raise eval.num_samples or set eval.enable_sampling=False"
+    if c["eval.dequantizer"] and c["eval.dequantization"] == "truncated_normal":
+        pair = _pair(c, "eval.dequantizer", "eval.dequantization")
+        yield f"{pair}: it asks for the variational one; set one of them"
     for key in ("eval.num_probes", "eval.fisher_num_probes"):
         if c[key] > 1 and c["eval.hutchinson_type"] == "exact":
             pair = _pair(c, key, "eval.hutchinson_type")

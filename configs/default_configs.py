@@ -148,7 +148,9 @@ def get_default_configs() -> ConfigDict:
     evaluate.offset = True  # the bound accounts for the start at smallest_time
     evaluate.bound_importance_weighting = True  # draws the bound's times uniform in log-SNR
     evaluate.bound_num_times = 1000
-    evaluate.dequantizer = False  # uses the variational dequantiser that --mode train_deq trained
+    evaluate.dequantization = "uniform"  # uniform | truncated_normal | variational, by what --mode train_deq trained
+    evaluate.dequantizer = False  # True: eval.dequantization=variational
+    evaluate.importance_samples = 1  # noises of an image, whose likelihoods are averaged
     evaluate.fisher_num_times = 100
     evaluate.fisher_num_examples = 256  # of the test split; 0: all
     evaluate.fisher_num_probes = 1  # 2 or more: distances without a probe's variance

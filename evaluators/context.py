@@ -106,13 +106,21 @@ class Split(NamedTuple):
     def num_units(self) -> int:
         return self.repeats * math.ceil(self.count / self.size)
 
-    def batch(self, unit: int, **options: bool) -> tuple[int, np.ndarray, np.ndarray]:
-        """The repeat, x [b, ...] and the examples' index int32 [b] of a unit. options: of `datasets.eval_batch`."""
+    def batch(self, unit: int, draw: int = 0, **options: bool) -> tuple[int, np.ndarray, np.ndarray]:
+        """The repeat, x [b, ...] and the examples' index int32 [b] of a unit.
+
+        draw: the number of the dequantisation noise, of several in a repeat. options: of `datasets.eval_batch`.
+        """
         repeat, batch = divmod(unit, math.ceil(self.count / self.size))
         index = np.arange(batch * self.size, min((batch + 1) * self.size, self.count))
         dataset, config = self.task.dataset, self.task.config
-        x = datasets.eval_batch(dataset, config.data, self.name, index, seed=config.seed, repeat=repeat, **options)
+        noise = {"seed": config.seed, "repeat": self.number_of_noise(repeat, draw)}
+        x = datasets.eval_batch(dataset, config.data, self.name, index, **noise, **options)
         return repeat, x, index.astype(np.int32)
+
+    def number_of_noise(self, repeat: int, draw: int) -> int:
+        """Tells the draws of all repeats apart; the first draw of a repeat has the repeat's number."""
+        return repeat + draw * self.repeats
 
     def run(
         self, context: Context, kind: str, settings: dict[str, Any], unit: Callable[[int], dict[str, np.ndarray]]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes continuous images of 8-bit ones for an evaluation, by uniform noise or by the variational dequantiser."""
+"""Makes continuous images of whole levels for an evaluation: by uniform, truncated normal or variational noise."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -22,20 +24,65 @@ _NOISE_KEY = 2  # apart from the probes of the likelihood and the bound
 
 
 class Dequantizer(NamedTuple):
-    """batch(examples, unit) -> repeat, x [b, ...], index [b] and log q [b] of the noise in nats, 0 if it is uniform."""
+    """batch(examples, unit, draw) -> repeat, x [b, ...], index [b] and log q [b] in nats.
 
-    batch: Callable[[Split, int], tuple[int, np.ndarray, np.ndarray, np.ndarray]]
+    log q is the density of the noise relative to uniform noise on the levels' cells. at_start: x is x_eps, a sample of
+    the process at its first time and not of the data.
+    """
+
+    batch: Callable[[Split, int, int], tuple[int, np.ndarray, np.ndarray, np.ndarray]]
     settings: dict[str, Any]
+    at_start: bool = False
+
+
+def name_of(config: Any) -> str:
+    """`eval.dequantization`, or variational if `eval.dequantizer`."""
+    return "variational" if config.dequantizer else config.dequantization
+
+
+def create(task: Task, deq_directory: Path) -> Dequantizer:
+    """The dequantisation that `config.eval` asks for."""
+    name = name_of(task.config.eval)
+    if name == "variational":
+        return variational(task, deq_directory)
+    return truncated_normal(task) if name == "truncated_normal" else uniform()
 
 
 def uniform() -> Dequantizer:
-    """Adds u / 256 with u uniform in [0, 1) to images, and leaves points as they are."""
+    """Adds u / levels with u uniform in [0, 1) to images, and leaves points as they are."""
 
-    def batch(examples: Split, unit: int):
-        repeat, x, index = examples.batch(unit)
+    def batch(examples: Split, unit: int, draw: int):
+        repeat, x, index = examples.batch(unit, draw)
         return repeat, x, index, np.zeros(len(x), np.float32)
 
     return Dequantizer(batch, {"dequantization": "uniform"})
+
+
+def truncated_normal(task: Task) -> Dequantizer:
+    """Takes the levels k / (levels - 1) to the first time of the process (`dequantization.truncated_normal`).
+
+    The noise is made of the same uniform numbers as that of `uniform`.
+    """
+    config, levels = task.config, task.dataset.levels
+    scaler = datasets.get_data_scaler(config.data.centered)
+    step = scaler(1.0) - scaler(0.0)  # of the range of the levels
+    half, eps = 0.5 * step / (levels - 1), config.training.smallest_time
+
+    def dequantize(_, __, image01, x01):
+        level = jnp.round(image01 * (levels - 1))
+        u = jnp.clip(x01 * levels - level, 0, 1)
+        x, log_q = dequantization.truncated_normal(task.sde, scaler(image01), u, half, eps)
+        return x, log_q + math.prod(image01.shape[1:]) * math.log(step / levels)
+
+    program = functools.cache(functools.partial(per_example, dequantize))
+
+    def batch(examples: Split, unit: int, draw: int):
+        repeat, image, index = examples.batch(unit, draw, dequantize=False, scale=False)
+        _, noisy, _ = examples.batch(unit, draw, scale=False)
+        x, log_q = program(examples.size)({}, {}, image, noisy)
+        return repeat, x, index, log_q
+
+    return Dequantizer(batch, {"dequantization": "truncated_normal"}, at_start=True)
 
 
 def variational(task: Task, directory: Path) -> Dequantizer:
@@ -58,9 +105,10 @@ def variational(task: Task, directory: Path) -> Dequantizer:
 
     program = functools.cache(functools.partial(per_example, dequantize))  # one for each size of the batch
 
-    def batch(examples: Split, unit: int):
-        repeat, image, index = examples.batch(unit, dequantize=False, scale=False)
-        x, log_q = program(examples.size)(params, {}, image, index, np.full_like(index, repeat))
+    def batch(examples: Split, unit: int, draw: int):
+        repeat, image, index = examples.batch(unit, draw, dequantize=False, scale=False)
+        number = np.full_like(index, examples.number_of_noise(repeat, draw))
+        x, log_q = program(examples.size)(params, {}, image, index, number)
         return repeat, x, index, log_q
 
     settings = {"network": config.deq.network, "dequantizer": digest(state.ema_params)}

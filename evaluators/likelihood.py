@@ -16,7 +16,7 @@ import likelihood
 from evaluators.baselines import baselines
 from evaluators.context import Context, Evaluator, fold_in_each, per_example, round_up, settings_of, split, split_name
 from evaluators.density import density_grid, quadrature_nll, reverse_sde_log_density
-from evaluators.dequantized import Dequantizer
+from evaluators.dequantized import Dequantizer, name_of
 from task import Task
 
 _SETTINGS = {  # the keys that a result depends on, by eval.ode_solver
@@ -70,7 +70,11 @@ def log_likelihood(task: Task, size: int):
 
 def result_name(kind: str, config: Any) -> str:
     """`kind` with what is not the default about its data: bpd, bpd_variational, bpd_train, ..."""
-    return kind + ("_variational" if config.dequantizer else "") + ("_train" if split_name(config) == "train" else "")
+    return (
+        kind
+        + ("_variational" if name_of(config) == "variational" else "")
+        + ("_train" if split_name(config) == "train" else "")
+    )
 
 
 def bits_per_dim(task: Task, logp: np.ndarray) -> np.ndarray:
@@ -89,14 +93,19 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     examples = split(task, name, limit=config.num_examples, repeats=repeats)
     log_likelihood_fn = log_likelihood(task, examples.size)
     settings = {**settings_of(config, *_SETTINGS[config.ode_solver]), **dequantizer.settings}
+    if config.importance_samples > 1:
+        settings["importance_samples"] = config.importance_samples
     of_images = baselines(task.dataset, name, config.num_examples) if is_image else {}
     density = _density(task) if not is_image and task.dataset.shape[0] <= 2 else None
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
-            repeat, x, index, log_q = dequantizer.batch(examples, k)
-            row = log_likelihood_fn(context.params, context.model_state, x, index, repeat)
-            return row | {"logp": row["logp"] - log_q}
+            rows = []
+            for draw in range(config.importance_samples):
+                repeat, x, index, log_q = dequantizer.batch(examples, k, draw)
+                row = log_likelihood_fn(context.params, context.model_state, x, index, repeat)
+                rows.append(row | {"logp": row["logp"] - log_q})
+            return _log_mean(rows)
 
         arrays = examples.run(context, "likelihood", settings, unit)
         logp, nfe = arrays["logp"], arrays["nfe"]
@@ -130,6 +139,16 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     return evaluate
 
 
+def _log_mean(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The log of the mean of exp(logp) over importance samples, and their evaluations of the network in all."""
+    logp = np.stack([row["logp"] for row in rows]).astype(np.float64)
+    result = {"logp": (np.logaddexp.reduce(logp) - math.log(len(rows))).astype(np.float32)}
+    result["nfe"] = np.sum([row["nfe"] for row in rows], axis=0)
+    if "ode_error" in rows[0]:
+        result["ode_error"] = np.max([row["ode_error"] for row in rows], axis=0)
+    return result
+
+
 def bound_evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     """`eval.bound`: the variational bound on the likelihood of the reverse SDE, on the same data."""
     config, is_image = task.config.eval, task.dataset.is_image
@@ -149,7 +168,7 @@ def bound_evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
             num_time_samples=config.bound_num_times,
             importance_weighting=config.bound_importance_weighting,
             denoising=config.dsm,
-            offset=config.offset,
+            offset=config.offset and not dequantizer.at_start,
             hutchinson_type=config.hutchinson_type,
         )
 
@@ -157,7 +176,7 @@ def bound_evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
 
     def evaluate(context: Context) -> dict[str, Any]:
         def unit(k: int) -> dict[str, np.ndarray]:
-            repeat, x, index, log_q = dequantizer.batch(examples, k)
+            repeat, x, index, log_q = dequantizer.batch(examples, k, 0)
             bound = bound_fn(context.params, context.model_state, x, index, np.full_like(index, repeat))
             return {"bound": bound - log_q}
 

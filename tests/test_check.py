@@ -226,6 +226,7 @@ CONFLICTS = [  # what sets the scene and passes, what is then in conflict and is
         {"model.num_scales": 9, "model.beta_max": 10.0},
         "raise model.num_scales",
     ),
+    ({}, {"eval.dequantizer": True, "eval.dequantization": "truncated_normal"}, "set one of them"),
     ({}, {"eval.begin_ckpt": 0, "eval.end_ckpt": 3}, "give 1 <= begin <= end"),
     ({}, {"eval.begin_ckpt": 4, "eval.end_ckpt": 3}, "give 1 <= begin <= end"),
     ({}, {"eval.enable_sampling": True, "eval.num_samples": 0}, "raise eval.num_samples"),
@@ -277,7 +278,13 @@ def test_too_few_steps_are_nan_where_the_check_says_so(sde, predictor, corrector
 
 
 # another value of a key that holds text
-OTHER = {"model.time_condition": "log_snr", "model.dtype": "bfloat16", "data.category": "church", "data.dir": "/data"}
+OTHER = {
+    "model.time_condition": "log_snr",
+    "eval.dequantization": "truncated_normal",
+    "model.dtype": "bfloat16",
+    "data.category": "church",
+    "data.dir": "/data",
+}
 
 
 def another(key):
