@@ -11,4 +11,5 @@ def get_patches_configs(size: int) -> ConfigDict:
     config = get_digits_configs()
     config.data.update(dataset="PATCHES", image_size=size, num_channels=3, random_flip=True)
     config.model.update(nf=32, attn_resolutions=(size // 2,))
+    config.training.batch_size = 128 if size <= 8 else 64
     return config
