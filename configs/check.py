@@ -179,7 +179,10 @@ RULES: dict[str, Rule] = {
 
 
 _POINTS = ("mog", "checkerboard", "swissroll")
-_OF_IMAGES = ("data.centered", "eval.gaussian_baseline", "eval.dequantization", "eval.importance_samples")
+_OF_IMAGES = (
+    *("data.centered", "eval.gaussian_baseline", "eval.dequantization", "eval.importance_samples"),
+    *("eval.discrete_bound", "eval.ledger"),
+)
 _OWN = ("DIGITS", "IMAGE_FOLDER", "PATCHES")
 _WITHOUT_VELOCITY = (
     {"model.name": "ncsnpp", "model.parameterization": ""},

@@ -148,6 +148,8 @@ def get_default_configs() -> ConfigDict:
     evaluate.offset = True  # the bound accounts for the start at smallest_time
     evaluate.bound_importance_weighting = True  # draws the bound's times uniform in log-SNR
     evaluate.bound_num_times = 1000
+    evaluate.discrete_bound = False  # also computes the SDE's bound for the levels themselves, without dequantisation
+    evaluate.ledger = False  # also computes bits/dim by every dequantisation, 1, 5 and 20 samples, and that bound
     evaluate.dequantization = "uniform"  # uniform | truncated_normal | variational, by what --mode train_deq trained
     evaluate.dequantizer = False  # True: eval.dequantization=variational
     evaluate.importance_samples = 1  # noises of an image, whose likelihoods are averaged

@@ -8,7 +8,7 @@ restart does not repeat and that several hosts share.
 
 from collections.abc import Callable
 
-from evaluators import fisher, likelihood, loss, samples
+from evaluators import discrete, fisher, likelihood, loss, samples
 from evaluators.context import Evaluator
 from evaluators.dequantized import Dequantizer
 from task import Task
@@ -18,6 +18,8 @@ EVALUATORS: dict[str, Callable[[Task, Dequantizer], Evaluator]] = {
     "enable_loss": loss.evaluator,
     "enable_bpd": likelihood.evaluator,
     "bound": likelihood.bound_evaluator,
+    "discrete_bound": discrete.bound_evaluator,
+    "ledger": discrete.ledger_evaluator,
     "enable_sampling": samples.evaluator,
     "enable_fisher": fisher.evaluator,
 }

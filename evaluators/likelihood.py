@@ -19,7 +19,7 @@ from evaluators.density import density_grid, quadrature_nll, reverse_sde_log_den
 from evaluators.dequantized import Dequantizer, name_of
 from task import Task
 
-_SETTINGS = {  # the keys that a result depends on, by eval.ode_solver
+SOLVER_SETTINGS = {  # the keys that a result depends on, by eval.ode_solver
     "rk45": ("hutchinson_type", "num_probes", "rtol", "atol", "max_steps"),
     "adams": ("hutchinson_type", "num_probes", "ode_solver", "ode_steps", "ode_data_std"),
 }
@@ -92,7 +92,7 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     repeats = config.num_repeats if name == "test" and (is_image or config.hutchinson_type != "exact") else 1
     examples = split(task, name, limit=config.num_examples, repeats=repeats)
     log_likelihood_fn = log_likelihood(task, examples.size)
-    settings = {**settings_of(config, *_SETTINGS[config.ode_solver]), **dequantizer.settings}
+    settings = {**settings_of(config, *SOLVER_SETTINGS[config.ode_solver]), **dequantizer.settings}
     if config.importance_samples > 1:
         settings["importance_samples"] = config.importance_samples
     of_images = baselines(task.dataset, name, config.num_examples) if is_image else {}
@@ -105,7 +105,9 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
                 repeat, x, index, log_q = dequantizer.batch(examples, k, draw)
                 row = log_likelihood_fn(context.params, context.model_state, x, index, repeat)
                 rows.append(row | {"logp": row["logp"] - log_q})
-            return _log_mean(rows)
+            draws = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            result = {"logp": log_mean(draws["logp"]), "nfe": draws["nfe"].sum(axis=0)}
+            return result | ({"ode_error": draws["ode_error"].max(axis=0)} if "ode_error" in draws else {})
 
         arrays = examples.run(context, "likelihood", settings, unit)
         logp, nfe = arrays["logp"], arrays["nfe"]
@@ -139,14 +141,9 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     return evaluate
 
 
-def _log_mean(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The log of the mean of exp(logp) over importance samples, and their evaluations of the network in all."""
-    logp = np.stack([row["logp"] for row in rows]).astype(np.float64)
-    result = {"logp": (np.logaddexp.reduce(logp) - math.log(len(rows))).astype(np.float32)}
-    result["nfe"] = np.sum([row["nfe"] for row in rows], axis=0)
-    if "ode_error" in rows[0]:
-        result["ode_error"] = np.max([row["ode_error"] for row in rows], axis=0)
-    return result
+def log_mean(logp: np.ndarray) -> np.ndarray:
+    """log of the mean of exp(logp [K, b]) over the K importance samples."""
+    return (np.logaddexp.reduce(logp.astype(np.float64)) - math.log(len(logp))).astype(logp.dtype)
 
 
 def bound_evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
@@ -197,7 +194,7 @@ def _density(task: Task) -> Evaluator:
     points = grid.points
     size = min(config.batch_size, round_up(len(points)))
     log_likelihood_fn = log_likelihood(task, size)
-    of_solver = settings_of(config, *_SETTINGS[config.ode_solver])
+    of_solver = settings_of(config, *SOLVER_SETTINGS[config.ode_solver])
     settings = {"points": len(points), "breaks": task.dataset.breaks, "size": size, **of_solver}
     sde_density = _sde_density(task, points[:, 0], float(data.std())) if points.shape[1] == 1 else None
 

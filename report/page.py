@@ -23,6 +23,9 @@ pre{background:#f5f5f5;padding:1em;overflow:auto}"""
 HEADLINES = {
     "bpd": ("Negative log-likelihood by the ODE", "bits/dim"),
     "bound": ("Variational bound on it, by the SDE", "bits/dim"),
+    "discrete_bound": ("Bound on the levels' negative log-likelihood, by the SDE", "bits/dim"),
+    "ledger": ("Ledger", "bits/dim"),
+    "ledger_minus_uniform_1": ("Ledger, minus uniform 1", "bits/dim"),
     "baselines": ("For comparison, bits/dim of the same images", ""),
     "gaussian_bpd": ("For comparison: a Gaussian fitted to the training data", "bits/dim"),
     "nll": ("Negative log-likelihood by the ODE", "nats"),
@@ -116,7 +119,8 @@ def as_text(value: Any, unit: str = "") -> str:
     if isinstance(value, dict) and "stderr" in value:
         unit, n = value.get("unit", unit), value.get("num_examples")
         failed = f", incomplete: {value['num_failed']:,} failed" if "num_failed" in value else ""
-        count = "" if n is None else f" ({n:,} examples{failed})"
+        noise = f"; ± {value['stderr_over_repeats']:.2g} by noise" if "stderr_over_repeats" in value else ""
+        count = "" if n is None else f" ({n:,} examples{failed}{noise})"
         return f"{plus_minus(value['mean'], value['stderr'])} {unit}{count}"
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {as_text(v)}" for key, v in value.items() if key != "settings")

@@ -68,6 +68,10 @@ def pictures(run: RunFiles) -> Iterator[Picture]:
         caption = "Examples, each averaged over its repeats; band: ± one standard error."
         caption += f" From {path.relative_to(run.workdir)}."
         yield Picture("bpd", png(figure), caption, "Likelihood of the examples")
+    if found := newest_npz(run.eval, "ledger_*.npz"):
+        path, arrays = found
+        caption = "Mean over the same images, and the paired difference to the first row ± its standard error."
+        yield Picture("ledger", png(ledger(arrays)), f"{caption} From {path.relative_to(run.workdir)}.", "Ledger")
     if len({result.get("step") for result in run.results}) > 1:
         yield from by_checkpoint({"": run}, "bpd_by_checkpoint")
     if found := newest_npz(run.eval, "fisher_*.npz", *FISHER_REQUIRED):
@@ -198,6 +202,22 @@ def likelihoods(values: np.ndarray, unit: str) -> Figure:
     ax.axvline(mean, color=OTHER, lw=1.6, label=f"mean {plus_minus(mean, stderr)} {unit}")
     ax.set(xlabel=f"negative log-likelihood of an example ({unit})", ylabel="number of examples")
     ax.legend()
+    return figure
+
+
+def ledger(arrays: Mapping[str, np.ndarray]) -> Figure:
+    """Draws bits/dim [R, N] of the same images by several estimates, as differences to the first."""
+    rows = {name.replace("_", " "): values.mean(axis=0, dtype=np.float64) for name, values in arrays.items()}
+    first = next(iter(rows.values()))
+    figure, ((ax,),) = panels(1, 1, 7.5, 0.6 + 0.35 * len(rows))
+    for place, values in enumerate(rows.values()):
+        difference = values - first
+        stderr = difference.std(ddof=1) / math.sqrt(len(difference))
+        ax.errorbar(difference.mean(), place, xerr=stderr, fmt="o", color=MODEL, capsize=3)
+    ax.axvline(0, color=TRUTH, lw=1)
+    ax.set_yticks(range(len(rows)), [f"{name}: {values.mean():.4f}" for name, values in rows.items()])
+    ax.invert_yaxis()
+    ax.set(xlabel="bits/dim minus those of the first row")
     return figure
 
 

@@ -15,6 +15,7 @@ from scipy import integrate, special, stats
 
 import datasets
 import losses
+import report
 import sde_lib
 from configs.default_configs import get_default_configs
 from dequantization import truncated_normal
@@ -22,6 +23,7 @@ from evaluators import EVALUATORS
 from evaluators.context import Context
 from evaluators.dequantized import create
 from likelihood import discrete_bound, ode_log_likelihood
+from runtime import records
 from runtime.devices import replicate
 from task import Task
 
@@ -272,3 +274,37 @@ def numpy_bits(sde, name, levels, mass, level, u):
         log_p = log_density(sde, points_of(levels, 1), mass, x.reshape(-1, 1)).reshape(x.shape)
         log_ratio = log_p - law.logpdf(n) + math.log(sigma)
     return -(special.logsumexp(log_ratio, axis=0) - math.log(len(u))) / math.log(2)
+
+
+@pytest.mark.slow
+def test_ledger_and_bound_of_the_levels(tmp_path):
+    """Its rows are those of single evaluations, the parts of the bound add up, the report has a table and a picture."""
+    task = discrete_task(5, False, bound_num_times=40, num_examples=60)
+    context = Context(replicate({"scale": np.float32(1)}), replicate({}), 1, tmp_path, {"score": "exact"})
+    result = EVALUATORS["ledger"](task, create(task, tmp_path))(context)
+    rows, differences = result["ledger"], result["ledger_minus_uniform_1"]
+    names = [f"{name}_{count}" for name in ("uniform", "truncated_normal") for count in (1, 5, 20)]
+    assert list(rows) == [*names, "discrete_bound", "settings"] and list(differences) == [*names[1:], "discrete_bound"]
+    arrays = np.load(context.file("ledger"))
+    for name in names:
+        assert rows[name]["num_repeats"] == 2 and rows[name]["stderr_over_repeats"] > 0
+        assert rows[name]["mean"] == pytest.approx(arrays[name].mean(), rel=1e-6)
+    gain = (arrays["truncated_normal_20"] - arrays["uniform_1"]).mean(axis=0)
+    assert differences["truncated_normal_20"]["stderr"] == pytest.approx(gain.std(ddof=1) / math.sqrt(60), rel=1e-5)
+
+    for name, count in (("truncated_normal", 1), ("truncated_normal", 5)):
+        task.config.eval.update(dequantization=name, importance_samples=count, num_repeats=2)
+        alone = EVALUATORS["enable_bpd"](task, create(task, tmp_path))(context)["bpd"]
+        assert alone["mean"] == pytest.approx(rows[f"{name}_{count}"]["mean"], rel=1e-6)
+        assert alone["settings"]["dequantization"] == name
+    bound = EVALUATORS["discrete_bound"](task, create(task, tmp_path))(context)["discrete_bound"]
+    assert bound["mean"] == pytest.approx(rows["discrete_bound"]["mean"], rel=1e-6)
+    assert sum(bound["parts"].values()) == pytest.approx(bound["mean"], rel=1e-6)
+
+    (tmp_path / "eval").mkdir()
+    for path in tmp_path.glob("*.npz"):
+        path.rename(tmp_path / "eval" / path.name)
+    records.write_json(tmp_path / "eval" / "report_1.json", {"checkpoint": 1, "step": 1, "dataset": "x", **result})
+    page = report.write_report(tmp_path).read_text()
+    assert "Ledger: truncated normal 20" in page and "by noise" in page
+    assert (tmp_path / "report" / "ledger.png").read_bytes().startswith(b"\x89PNG")
