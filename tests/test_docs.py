@@ -87,6 +87,24 @@ def test_config_keys_exist(path):
     assert found - set(KEYS) - ELSEWHERE.get(path.name, set()) - files == set()
 
 
+def test_diffs_of_extend_apply():
+    """Every hunk of docs/extend.md finds its context once in the sources, one after the other, and leaves Python."""
+    files = {}
+    for block in re.findall(r"```diff\n(.*?)```", (ROOT / "docs/extend.md").read_text(), flags=re.S):
+        for part in re.split(r"^\+\+\+ ", block, flags=re.M)[1:]:
+            name, _, body = part.partition("\n")
+            for hunk in filter(str.strip, re.split(r"^@@.*\n", body, flags=re.M)):
+                lines = hunk.splitlines()
+                before = "".join(line[1:] + "\n" for line in lines if not line.startswith("+"))
+                after = "".join(line[1:] + "\n" for line in lines if not line.startswith("-"))
+                text = files.get(name) or ((ROOT / name).read_text() if (ROOT / name).exists() else "")
+                assert text.count(before) == 1 if before else not text, f"{name}:\n{before}"
+                files[name] = text.replace(before, after) if before else after
+    assert len(files) > 8
+    for name, text in files.items():
+        ast.parse(text, name)
+
+
 @pytest.mark.parametrize("path", named([ROOT / "README.md", *DOCS]))
 def test_flags_exist(path):
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', (ROOT / "main.py").read_text())) | FLAGS_OF_ABSL
