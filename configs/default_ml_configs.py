@@ -12,3 +12,9 @@ def use_maximum_likelihood(config: ConfigDict) -> None:
     config.training.update(sde="vp_log_snr", time_sampling="velocity", antithetic_times=True)
     config.model.update(parameterization="velocity", sigma_data=1.0, time_condition="log_snr")
     config.optim.update(beta2=0.99, weight_decay=0.01, warmup=100, grad_clip=-1.0)
+
+
+def use_levels(config: ConfigDict) -> None:
+    """Trains on the levels themselves, without uniform noise, and evaluates with truncated normal noise."""
+    config.data.uniform_dequantization = False
+    config.eval.dequantization = "truncated_normal"

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes for bits/dim side by side, on the same data with the same steps: the public code's, and `configs/ml/`.
+
+python -m reproduce.studies.recipes [--only digits,patches,fashion_mnist] [--seeds 3] [--workdir runs/reproduce]
+
+Trains and evaluates what is not there yet, as `python -m reproduce` does, and writes <out>/recipes_<data>.json: of each
+recipe bits/dim, the paired difference to the best public recipe over the test images, evaluations of RK45
+at a tolerance of 1e-5, and how far an even grid of 65 and 129 evaluations is from it on the same probes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from errors import UserError
+from report.run_files import newest_npz
+from reproduce.results import mean_and_error
+from reproduce.runner import Run, run_all
+from reproduce.studies import length
+
+GRIDS = {65: 54, 129: 118}  # evaluations of the network: steps of `adams`
+WEIGHTED = ("training.likelihood_weighting=True", "training.importance_weighting=True")
+PLAIN = ("training.likelihood_weighting=False", "training.importance_weighting=False")
+VE_VELOCITY = ("model.parameterization=velocity", "model.scale_by_sigma=False")
+PUBLIC = ("vp", "vp_weighted", "ve")
+DATA = {  # name: config files of VP, VE and the recipe for bits/dim, and what all three change
+    "digits": ("configs/digits/vp_ddpmpp.py", "configs/digits/ve_ncsnpp.py", "configs/ml/digits.py", ()),
+    "patches": ("configs/patches/vp_ddpmpp.py", "configs/patches/ve_ncsnpp.py", "configs/ml/patches.py", ()),
+    "fashion_mnist": (
+        "configs/reproduce/fashion_vp.py",
+        "configs/reproduce/fashion_ve.py",
+        "configs/ml/fashion_mnist.py",
+        ("eval.num_examples=512",),
+    ),
+}
+
+
+def recipes(data: str, seeds: int) -> list[Run]:
+    """The runs of one data set: six recipes for each seed."""
+    vp, ve, ml, common = DATA[data]
+    variants = {
+        "vp": (vp, PLAIN),
+        "vp_weighted": (vp, WEIGHTED),
+        "ve": (ve, ()),
+        "ve_velocity": (ve, VE_VELOCITY),
+        "ml_vp": (ml, ()),
+        "ml_straight": (ml, ("training.sde=straight",)),
+    }
+    grids = [("eval", ())]
+    grids += [(f"eval_{n}", ("eval.ode_solver=adams", f"eval.ode_steps={steps}")) for n, steps in GRIDS.items()]
+    return [
+        Run(f"recipes_{data}", variant, seed, config, (*length(2_000), *common, *overrides), evaluations=tuple(grids))
+        for seed in range(seeds)
+        for variant, (config, overrides) in variants.items()
+    ]
+
+
+def measured(folder: Path) -> dict[str, np.ndarray]:
+    """bits/dim [N] by RK45 and by each even grid, and evaluations of RK45 [N], of an evaluated run."""
+    found: dict[str, np.ndarray] = {}
+    for name in ("eval", *(f"eval_{n}" for n in GRIDS)):
+        if (newest := newest_npz(folder / name, "bpd_*.npz", "bpd", "nfe")) is None:
+            raise UserError(f"{folder / name} has no likelihoods; run the study without --collect")
+        found[name] = newest[1]["bpd"].mean(axis=0)
+        if name == "eval":
+            found["nfe"] = newest[1]["nfe"].mean(axis=0)
+    return found
+
+
+def table(workdir: Path, runs: list[Run]) -> dict[str, dict[str, Any]]:
+    """A row for each recipe; differences are to the public recipe of the lowest mean."""
+    by_recipe: dict[str, list[dict[str, np.ndarray]]] = {}
+    for run in runs:  # seeds in the same order for each
+        by_recipe.setdefault(run.variant, []).append(measured(workdir / run.folder))
+    best = min(PUBLIC, key=lambda name: np.mean([run["eval"].mean() for run in by_recipe[name]]))
+    return {name: _row(here, by_recipe[best], best) for name, here in by_recipe.items()}
+
+
+def _row(here: Sequence[Mapping], reference: Sequence[Mapping], best: str) -> dict[str, Any]:
+    gains = [run["eval"] - other["eval"] for run, other in zip(here, reference, strict=True)]
+    errors = {f"error_{n}": np.mean([np.abs(run[f"eval_{n}"] - run["eval"]).mean() for run in here]) for n in GRIDS}
+    return {
+        "bpd": mean_and_error([run["eval"].mean() for run in here]),
+        f"minus {best}": mean_and_error([gain.mean() for gain in gains]),
+        "paired stderr over images": float(np.mean(gains, axis=0).std(ddof=1) / np.sqrt(len(gains[0]))),
+        "nfe": float(np.mean([run["nfe"].mean() for run in here])),
+        **{name: float(error) for name, error in errors.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--out", type=Path, default=Path("assets/reproduce"))
+    parser.add_argument("--only", default=",".join(DATA), help="names of data sets, with commas between them")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
+    parser.add_argument("--collect", action="store_true", help="run nothing; the numbers of what is there")
+    args = parser.parse_args()
+    if unknown := [name for name in args.only.split(",") if name not in DATA]:
+        parser.error(f"no data {', '.join(unknown)}; there are {', '.join(DATA)}")
+    for data in args.only.split(","):
+        runs = recipes(data, args.seeds)
+        if not args.collect and (failures := run_all(args.workdir, runs, args.jobs)):
+            raise UserError("; ".join(failures))
+        path = args.out / f"recipes_{data}.json"
+        path.write_text(json.dumps(table(args.workdir, runs), indent=1) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
