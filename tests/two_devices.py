@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of a training step under pmap on two devices; a program, as the devices are made when JAX starts.
 
+The times are antithetic, so an example's depends on its place in the global batch.
+
 Takes the order of the loss. Prints as JSON, for each option, the distance |a - b| / |b| of each device's gradient from
 that of one device without the option.
 """
@@ -34,7 +36,8 @@ def gradient(order, devices, num_microbatches=1, **options):
     def score_fn_of(params, model_state, keys):
         return get_score_fn(sde, model, params, model_state, train=True, dropout_keys=keys)
 
-    loss_fn = losses.get_loss_fn(training_config(score_matching_order=order), sde, score_fn_of)
+    times = {"time_sampling": "velocity", "antithetic_times": True, "batch_size": 8}
+    loss_fn = losses.get_loss_fn(training_config(score_matching_order=order, **times), sde, score_fn_of)
     optimizer = losses.get_optimizer(config.optim)
     step_fn = losses.get_step_fn(loss_fn, optimizer, 0.9, num_microbatches=num_microbatches)
     params = random_params(model, (1, *SHAPE), dtype=np.float64)
