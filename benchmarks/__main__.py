@@ -29,6 +29,7 @@ COMMANDS = {  # name: module of this package, flags, and the network that is mea
     "convolution_shapes": ("convolution", ("--shapes",), None),
     "unrolled_steps": ("unrolled_steps", (), None),
     "input": ("input", (), None),
+    "image_folder": ("image_folder", (), None),
     "startup": ("startup", (), None),
     "likelihood_digits_ve": ("likelihood", ("--repeats=3",), "digits_ve"),
     "likelihood_digits_vp": ("likelihood", ("--repeats=3",), "digits_vp"),
