@@ -219,10 +219,16 @@ def get_times(
     return lambda u: sde.time(u, eps, by_log_snr), factor
 
 
-def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfParams, sigma_data: float = 1.0) -> LossFn:
+def get_loss_fn(
+    training_config: Any,
+    sde: SDE,
+    score_fn_of_params: ScoreFnOfParams,
+    sigma_data: float = 1.0,
+    antithetic: int = 0,
+) -> LossFn:
     """Makes the training objective of `config.training`: the batch mean of w L1 + w2 L2 + w3 L3 + further terms.
 
-    sigma_data: S of `training.time_sampling` = velocity.
+    sigma_data: S of `training.time_sampling` = velocity. antithetic: see `draw`.
 
     The function returns the scalar mean loss and the terms [B]: `loss`, `first` (with its weight w), `second` and
     `third` (without w2, w3), and the members of TERMS whose factor is not 0 (without it). All of them have the factor
@@ -230,7 +236,6 @@ def get_loss_fn(training_config: Any, sde: SDE, score_fn_of_params: ScoreFnOfPar
     """
     order = training_config.score_matching_order
     weighting, (time, factor) = get_weighting(training_config), get_times(training_config, sde, sigma_data)
-    antithetic = training_config.batch_size if training_config.antithetic_times else 0
     w2 = training_config.second_order_weight if order >= 2 else 0.0
     w3 = training_config.third_order_weight if order >= 3 else 0.0
     weights = {name: weight for name in TERMS if (weight := training_config[f"{name}_weight"])}

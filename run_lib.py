@@ -43,8 +43,9 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
     with workdir_lock(workdir):
         training, state = config.training, task.init_state()
         state, record = _resume(config, workdir, state) or _init_from(training, state)
+        antithetic = training.batch_size if training.antithetic_times else 0
         loss_fn, test_loss_fn = (  # without dropout keys the second has no dropout
-            losses.get_loss_fn(training, task.sde, score_fn, config.model.sigma_data)
+            losses.get_loss_fn(training, task.sde, score_fn, config.model.sigma_data, antithetic)
             for score_fn in (task.score_fn, lambda params, model_state, _: task.score_fn(params, model_state))
         )
         job = loop.Job(

@@ -24,10 +24,8 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     """The data are dequantised as in training, so `dequantizer` has no part in it; no dropout, no flips."""
     config = task.config
     examples = split(task, "test", limit=config.eval.num_examples)
-    training = config.training.copy_and_resolve_references()
-    training.antithetic_times = False  # the times of an example do not depend on the others
     loss_fn = losses.get_loss_fn(
-        training, task.sde, lambda params, state, _: task.score_fn(params, state), config.model.sigma_data
+        config.training, task.sde, lambda params, state, _: task.score_fn(params, state), config.model.sigma_data
     )
 
     def terms_of(params, model_state, x, index):

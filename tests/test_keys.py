@@ -22,7 +22,7 @@ OPTIM = {key for key in KEYS if key.startswith("optim.")} - {"optim.optimizer"}
 UNET = of("model", "attn_resolutions ch_mult conditional conv_size dtype embedding_type fir")
 UNET |= of("model", "fir_kernel fourier_scale init_scale num_res_blocks progressive progressive_combine")
 UNET |= of("model", "progressive_input remat resamp_with_conv resblock_type scale_by_sigma skip_rescale")
-UNET |= of("model", "trainable_embedding")
+UNET |= of("model", "trainable_embedding time_condition log_snr_scale")
 MLP = of("model", "num_layers")
 BOTH = of("model", "dropout name nf nonlinearity num_scales parameterization sigma_data")
 # Every mode builds the network, the process, the data and the optimiser.
@@ -31,17 +31,17 @@ BUILT |= of("training", "num_microbatches matmul_precision exact_jacobian score_
 BUILT |= of("sampling", "matmul_precision") | of("eval", "dequantizer hutchinson_type")
 VE, VP = of("model", "sigma_min sigma_max"), of("model", "beta_min beta_max")
 POINTS, IMAGES = MLP | of("data", "dim"), UNET | of("data", "image_size num_channels")
-LOSS = of("training", "exact_jacobian likelihood_weighting reduce_mean weighting") | of(
-    "data", "uniform_dequantization"
-)
+LOSS = of("training", "exact_jacobian likelihood_weighting reduce_mean weighting time_sampling")
+LOSS |= of("data", "uniform_dequantization")
 LOOP = of("training", "eval_freq log_freq max_bad_steps n_jitted_steps snapshot_freq snapshot_freq_for_preemption")
 LOOP |= of("training", "snapshot_minutes_for_preemption wandb_project")
-TRAIN = LOSS | LOOP | of("training", "n_iters init_from snapshot_sampling") | of("model", "ema_rate")
+TRAIN = LOSS | LOOP | of("training", "antithetic_times n_iters init_from snapshot_sampling") | of("model", "ema_rate")
 SAMPLER = of("sampling", "method smallest_time noise_removal")
 ODE, PC = of("sampling", "rtol atol"), of("sampling", "probability_flow n_steps_each snr")
 SECOND, THIRD = of("training", "second_order_weight"), of("training", "third_order_weight")
 EVAL = of("eval", "batch_size begin_ckpt end_ckpt wait_for_checkpoints_s num_examples num_repeats bpd_dataset dataset")
 EVAL |= of("eval", "bound enable_bpd enable_fisher enable_loss enable_sampling num_probes ode_solver")
+EVAL |= of("eval", "discrete_bound ledger importance_samples")
 RK45 = of("eval", "rtol atol max_steps")
 BOUND = of("eval", "dsm offset bound_importance_weighting bound_num_times")
 DEQ = of("deq", "dropout ema_rate init_batch_size n_iters network offset")
@@ -91,12 +91,13 @@ def watched(monkeypatch, config):
 def runs():
     """Each: its job, its config, what it is to read beside BUILT."""
     of_points = points(bound=True, dsm=False, enable_fisher=True, enable_loss=True)
-    fisher = of("eval", "fisher_num_examples fisher_num_probes fisher_num_times num_samples")
+    fisher = of("eval", "dequantization fisher_num_examples fisher_num_probes fisher_num_times num_samples")
     pc = images(ode_solver="adams", ode_steps=60)
     pc.sampling.method, pc.model.num_scales = "pc", 30
     of_pc = of("sampling", "corrector predictor") | of(
-        "eval", "num_samples enable_metrics ode_steps ode_data_std gaussian_baseline"
+        "eval", "num_samples enable_metrics ode_steps ode_data_std gaussian_baseline dequantization"
     )
+    of_pc |= of("data", "uniform_dequantization")
     variational = of("eval", "gaussian_baseline") | of("deq", "ckpt_id network")
     both = SAMPLER | ODE | of("sampling", "corrector predictor")
     return [

@@ -36,8 +36,8 @@ def gradient(order, devices, num_microbatches=1, **options):
     def score_fn_of(params, model_state, keys):
         return get_score_fn(sde, model, params, model_state, train=True, dropout_keys=keys)
 
-    times = {"time_sampling": "velocity", "antithetic_times": True, "batch_size": 8}
-    loss_fn = losses.get_loss_fn(training_config(score_matching_order=order, **times), sde, score_fn_of)
+    training = training_config(score_matching_order=order, time_sampling="velocity")
+    loss_fn = losses.get_loss_fn(training, sde, score_fn_of, antithetic=8)
     optimizer = losses.get_optimizer(config.optim)
     step_fn = losses.get_step_fn(loss_fn, optimizer, 0.9, num_microbatches=num_microbatches)
     params = random_params(model, (1, *SHAPE), dtype=np.float64)
