@@ -48,6 +48,7 @@ DEQ = of("deq", "dropout ema_rate init_batch_size n_iters network offset")
 # Read by data sets, features and combinations that are not here; each has a test of its own.
 ELSEWHERE = of("data", "category dir") | of("eval", "inception_batch_size inception_path kid_subset_size kid_subsets")
 ELSEWHERE |= of("eval", "stats_path") | of("training", "importance_weighting init_optimizer")
+ELSEWHERE |= of("model", "log_snr_min log_snr_max")
 # Keys of one value, which the check alone reads.
 FIXED = {"training.continuous", "optim.optimizer"} | of("model", "attention_type data_init normalization")
 
