@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""8x8 patches of photographs, VE SDE, NCSN++."""
+"""8x8 patches of photographs, VE SDE, NCSN++: 2.973 ± 0.065 bits/dim (docs/data.md)."""
 
 from configs.default_patches_configs import get_patches_configs
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""16x16 patches of photographs, VE SDE, NCSN++."""
+"""16x16 patches of photographs, VE SDE, NCSN++: 2.86 ± 0.13 bits/dim (docs/data.md)."""
 
 from configs.default_patches_configs import get_patches_configs
 
