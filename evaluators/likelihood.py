@@ -142,8 +142,9 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
 
 
 def log_mean(logp: np.ndarray) -> np.ndarray:
-    """log of the mean of exp(logp [K, b]) over the K importance samples."""
-    return (np.logaddexp.reduce(logp.astype(np.float64)) - math.log(len(logp))).astype(logp.dtype)
+    """log of the mean of exp(logp [K, b]) over the K importance samples; NaN where one of them failed."""
+    most = logp.max(axis=0).astype(np.float64)
+    return (most + np.log(np.mean(np.exp(logp - most), axis=0))).astype(logp.dtype)
 
 
 def bound_evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:

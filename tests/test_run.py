@@ -79,7 +79,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     assert saved["bpd"].shape == (1, 20) and np.all(np.isfinite(saved["bpd"]))
     np.testing.assert_allclose(results[0]["bpd"]["mean"], saved["bpd"].mean(), rtol=1e-6)
     np.testing.assert_allclose(results[0]["bpd"]["stderr"], saved["bpd"].std(ddof=1) / np.sqrt(20), rtol=1e-5)
-    np.testing.assert_allclose(saved["bpd"], -saved["logp"] / (64 * np.log(2)) + 8, rtol=1e-5)
+    np.testing.assert_allclose(saved["bpd"], -saved["logp"] / (64 * np.log(2)) + np.log2(17), rtol=1e-5)
     assert json.loads((tmp_path / "whole/eval/report_2.json").read_text()) == results[0]
     assert np.load(tmp_path / "whole/eval/samples_2.npz")["samples"].shape == (4, 8, 8, 1)
     assert (tmp_path / "whole/report/report.html").is_file() and (tmp_path / "whole/eval/samples_2.png").is_file()
