@@ -119,8 +119,8 @@ def as_text(value: Any, unit: str = "") -> str:
     if isinstance(value, dict) and "stderr" in value:
         unit, n = value.get("unit", unit), value.get("num_examples")
         failed = f", incomplete: {value['num_failed']:,} failed" if "num_failed" in value else ""
-        noise = f"; ± {value['stderr_over_repeats']:.2g} by noise" if "stderr_over_repeats" in value else ""
-        count = "" if n is None else f" ({n:,} examples{failed}{noise})"
+        count = "" if n is None else f" ({n:,} examples{failed})"
+        count += f", ± {value['stderr_over_repeats']:.2g} by noise" if "stderr_over_repeats" in value else ""
         return f"{plus_minus(value['mean'], value['stderr'])} {unit}{count}"
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {as_text(v)}" for key, v in value.items() if key != "settings")
