@@ -72,6 +72,7 @@ def log_density(sde, points, mass, x, t=EPS):
     return special.logsumexp(np.log(mass) - 0.5 * square, axis=1) - x.shape[1] * math.log(sigma * math.sqrt(2 * np.pi))
 
 
+SIZES = [(5, 1), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((17, 1), (5, 2)))]  # levels, dimensions
 PROCESSES = {"vp": sde_lib.VPLogSNR, "straight": sde_lib.StraightPath}
 
 
@@ -98,7 +99,7 @@ def test_entropy_of_the_truncated_normal(name, levels, log_snr_max):
         assert tau == pytest.approx(3.03, abs=2e-3)
 
 
-@pytest.mark.parametrize(("levels", "dim"), [(5, 1), (17, 1), (5, 2)])
+@pytest.mark.parametrize(("levels", "dim"), SIZES)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_truncated_normal_is_a_bound_that_quadrature_confirms(name, levels, dim):
     mass, points = quantised(levels, dim), points_of(levels, dim)
@@ -154,7 +155,7 @@ def parts_by_quadrature(sde, grid, points, mass, k):
     }
 
 
-@pytest.mark.parametrize(("levels", "dim"), [(5, 1), pytest.param(17, 1, marks=pytest.mark.slow), (5, 2)])
+@pytest.mark.parametrize(("levels", "dim"), SIZES)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_bound_of_discrete_data_by_its_parts(name, levels, dim):
     """Each part at one point against quadrature; the mean of their sum over the data is above the entropy."""

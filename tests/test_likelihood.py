@@ -29,7 +29,7 @@ SDES = {
     "vp_log_snr": VPLogSNR(log_snr_min=-5.0, log_snr_max=13.3),
     "straight": StraightPath(log_snr_min=-5.0, log_snr_max=13.3),
 }
-NAMES = [pytest.param(name, marks=pytest.mark.slow if "log_snr" in name else ()) for name in SDES]
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in ("vp_log_snr", "straight") else ()) for name in SDES]
 every_sde = pytest.mark.parametrize("name", NAMES)
 MU = np.array([0.3, -0.5, 0.1])
 STD = np.array([0.4, 0.8, 1.5])
