@@ -117,6 +117,11 @@ def _check_fit(config: Config, model: nn.Module, dataset: datasets.Dataset) -> N
             f"model.name={config.model.name!r} takes {taken}, but data.dataset={config.data.dataset!r} has {given}; "
             "of ours, ncsnpp takes images and mlp points"
         )
+    if not dataset.is_image and config.eval.dequantization != "uniform":
+        raise UserError(
+            f"eval.dequantization={config.eval.dequantization!r} with data.dataset={config.data.dataset!r}: points are "
+            "continuous; set eval.dequantization=uniform"
+        )
     if config.eval.dequantizer and not dataset.is_image:
         raise UserError(
             f"eval.dequantizer=True with data.dataset={config.data.dataset!r}: points are continuous; "

@@ -58,6 +58,13 @@ def alpha_and_sigma(name, t):
     return np.exp(log_alpha), sigma
 
 
+def prior_std_of(name):
+    """sigma_max of VE, 1 of VP and sub-VP, sigma(T) of the processes linear in log-SNR."""
+    if name in ("vp_log_snr", "straight"):
+        return alpha_and_sigma(name, 1.0)[1]
+    return 50.0 if "ve" in name else 1.0
+
+
 def normal_logp(x, mean, std):
     return np.sum(-0.5 * ((x - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi), axis=-1)
 
@@ -81,7 +88,7 @@ def flow_truth(name, x):
     """Latent and log density under the flow: (x_t - mean_t) / std_t is constant along it, so the map is affine."""
     (mean0, std0), (mean1, std1) = marginal(name, EPS), marginal(name, 1.0)
     z = mean1 + std1 * (x - mean0) / std0
-    prior_std = SDES[name].prior_std
+    prior_std = prior_std_of(name)
     logp = normal_logp(z, 0, np.full(3, prior_std)) + np.sum(np.log(std1 / std0))
     return z, logp.astype(np.float64)
 
@@ -216,7 +223,7 @@ def bound_truth(name, x):
     noise = np.random.default_rng(0).normal(size=(4000, 3))
     noise = np.concatenate([noise, -noise])
     x_T = alpha * x + sigma * noise
-    prior_std = SDES[name].prior_std
+    prior_std = prior_std_of(name)
     misfit = normal_logp(x_T, 0, np.full(3, prior_std)) - normal_logp(x_T, *marginal(name, 1.0))
     return normal_logp(x, MU, STD) + misfit.mean()
 
@@ -323,7 +330,7 @@ def test_even_grid_has_nothing_to_do_for_data_of_its_own_deviation(name):
         return -x / (jnp.square(sde.alpha(t) * std) + jnp.square(sde.sigma(t)))[:, None]
 
     logp, _, _, _ = solve_even(sde, score_fn, x, None, data_std=std, steps=4)
-    prior_std = SDES[name].prior_std
+    prior_std = prior_std_of(name)
     (alpha0, sigma0), (alpha1, sigma1) = alpha_and_sigma(name, EPS), alpha_and_sigma(name, 1.0)
     ratio = np.hypot(alpha1 * std, sigma1) / np.hypot(alpha0 * std, sigma0)
     truth = normal_logp(np.asarray(x, np.float64) * ratio, 0, np.full(3, prior_std)) + 3 * np.log(ratio)
