@@ -19,7 +19,7 @@ def value_of(text, default):
 
 @pytest.mark.parametrize("data", recipes.DATA)
 def test_runs_have_valid_configs(data):
-    runs = recipes.recipes(data, 2)
+    runs = recipes.runs_of("recipes", data, 2)
     assert len({run.folder for run in runs}) == len(runs) == 12
     for run in runs[:6]:
         for _, overrides in run.evaluations:
@@ -34,7 +34,7 @@ def test_table_of_made_up_likelihoods(tmp_path, monkeypatch):
     """ve is the best public recipe; ml_vp is better by 0.1 in seed 0 and 0.3 in seed 1, and its grids err by 0.01."""
     level = {"vp": 3.0, "vp_weighted": 2.5, "ve": 2.0, "ve_velocity": 1.9, "ml_vp": 1.8, "ml_straight": 1.85}
     image = np.linspace(-1, 1, 7)
-    for run in recipes.recipes("digits", 2):
+    for run in recipes.runs_of("recipes", "digits", 2):
         for name, _ in run.evaluations:
             bpd = level[run.variant] + image + (run.variant == "ml_vp") * 0.1 * (1 - 2 * run.seed)
             folder = tmp_path / run.folder / name

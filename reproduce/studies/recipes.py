@@ -2,10 +2,12 @@
 """Recipes for bits/dim side by side, on the same data with the same steps: the public code's, and `configs/ml/`.
 
 python -m reproduce.studies.recipes [--only digits,patches,fashion_mnist] [--seeds 3] [--workdir runs/reproduce]
+                                    [--study recipes|radians]
 
-Trains and evaluates what is not there yet, as `python -m reproduce` does, and writes <out>/recipes_<data>.json: of each
+Trains and evaluates what is not there yet, as `python -m reproduce` does, and writes <out>/<study>_<data>.json: of each
 recipe bits/dim, the paired difference to the best public recipe over the test images, evaluations of RK45
 at a tolerance of 1e-5, and how far an even grid of 65 and 129 evaluations is from it on the same probes.
+The study `radians` is the recipe `ml_vp` with other values of `model.log_snr_scale`, and differences are to that.
 """
 
 import argparse
@@ -28,6 +30,7 @@ WEIGHTED = ("training.likelihood_weighting=True", "training.importance_weighting
 PLAIN = ("training.likelihood_weighting=False", "training.importance_weighting=False")
 VE_VELOCITY = ("model.parameterization=velocity", "model.scale_by_sigma=False")
 PUBLIC = ("vp", "vp_weighted", "ve")
+RADIANS = {f"ml_vp_{scale}": (f"model.log_snr_scale={scale}",) for scale in (1.0, 16.0, 64.0)}
 DATA = {  # name: config files of VP, VE and the recipe for bits/dim, and what all three change
     "digits": ("configs/digits/vp_ddpmpp.py", "configs/digits/ve_ncsnpp.py", "configs/ml/digits.py", ()),
     "patches": ("configs/patches/vp_ddpmpp.py", "configs/patches/ve_ncsnpp.py", "configs/ml/patches.py", ()),
@@ -40,10 +43,10 @@ DATA = {  # name: config files of VP, VE and the recipe for bits/dim, and what a
 }
 
 
-def recipes(data: str, seeds: int) -> list[Run]:
-    """The runs of one data set: six recipes for each seed."""
+def runs_of(study: str, data: str, seeds: int) -> list[Run]:
+    """The runs of one data set for each seed: six recipes, or that for bits/dim with four numbers of radians."""
     vp, ve, ml, common = DATA[data]
-    variants = {
+    recipes = {
         "vp": (vp, PLAIN),
         "vp_weighted": (vp, WEIGHTED),
         "ve": (ve, ()),
@@ -51,12 +54,16 @@ def recipes(data: str, seeds: int) -> list[Run]:
         "ml_vp": (ml, ()),
         "ml_straight": (ml, ("training.sde=straight",)),
     }
-    grids = [("eval", ())]
-    grids += [(f"eval_{n}", ("eval.ode_solver=adams", f"eval.ode_steps={steps}")) for n, steps in GRIDS.items()]
+    radians = {"ml_vp": (ml, ()), **{name: (ml, overrides) for name, overrides in RADIANS.items()}}
+    evaluations = [("eval", ("sampling.method=ode", "eval.num_samples=64"))]
+    for evaluated, steps in GRIDS.items():
+        grid = ("eval.enable_sampling=False", "eval.ode_solver=adams", f"eval.ode_steps={steps}")
+        evaluations.append((f"eval_{evaluated}", grid))
+    common = (*length(2_000), "training.snapshot_sampling=False", *common)
     return [
-        Run(f"recipes_{data}", variant, seed, config, (*length(2_000), *common, *overrides), evaluations=tuple(grids))
+        Run(f"recipes_{data}", variant, seed, config, (*common, *overrides), evaluations=tuple(evaluations))
         for seed in range(seeds)
-        for variant, (config, overrides) in variants.items()
+        for variant, (config, overrides) in (recipes if study == "recipes" else radians).items()
     ]
 
 
@@ -73,11 +80,12 @@ def measured(folder: Path) -> dict[str, np.ndarray]:
 
 
 def table(workdir: Path, runs: list[Run]) -> dict[str, dict[str, Any]]:
-    """A row for each recipe; differences are to the public recipe of the lowest mean."""
+    """A row for each recipe; differences are to the public recipe of the lowest mean, or else to the first."""
     by_recipe: dict[str, list[dict[str, np.ndarray]]] = {}
     for run in runs:  # seeds in the same order for each
         by_recipe.setdefault(run.variant, []).append(measured(workdir / run.folder))
-    best = min(PUBLIC, key=lambda name: np.mean([run["eval"].mean() for run in by_recipe[name]]))
+    public = [name for name in PUBLIC if name in by_recipe] or [next(iter(by_recipe))]
+    best = min(public, key=lambda name: np.mean([run["eval"].mean() for run in by_recipe[name]]))
     return {name: _row(here, by_recipe[best], best) for name, here in by_recipe.items()}
 
 
@@ -98,6 +106,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--out", type=Path, default=Path("assets/reproduce"))
     parser.add_argument("--only", default=",".join(DATA), help="names of data sets, with commas between them")
+    parser.add_argument("--study", choices=("recipes", "radians"), default="recipes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
     parser.add_argument("--collect", action="store_true", help="run nothing; the numbers of what is there")
@@ -105,10 +114,10 @@ def main() -> None:
     if unknown := [name for name in args.only.split(",") if name not in DATA]:
         parser.error(f"no data {', '.join(unknown)}; there are {', '.join(DATA)}")
     for data in args.only.split(","):
-        runs = recipes(data, args.seeds)
+        runs = runs_of(args.study, data, args.seeds)
         if not args.collect and (failures := run_all(args.workdir, runs, args.jobs)):
             raise UserError("; ".join(failures))
-        path = args.out / f"recipes_{data}.json"
+        path = args.out / f"{args.study}_{data}.json"
         path.write_text(json.dumps(table(args.workdir, runs), indent=1) + "\n")
         print(path)
 
