@@ -123,6 +123,7 @@ RULES: dict[str, Rule] = {
     "model.fourier_scale": POSITIVE,
     "model.time_condition": choice("public", "log_snr"),
     "model.log_snr_scale": POSITIVE,
+    "model.input_frequencies": list_of(int, "integers from 0 to 12, or ()", lambda v: set(v) <= {*range(13)}),
     "model.init_scale": at_least(0),
     "model.conv_size": Rule(lambda value: value > 0 and value % 2 == 1, "must be odd and positive"),
     "model.dropout": FRACTION,
@@ -192,7 +193,8 @@ _WITHOUT_VELOCITY = (
 # Each entry is a setting and the keys that do nothing under it. There a key must keep its default.
 # Shapes of another network and constants of another process are not listed, because config files set them for all.
 INERT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"model.name": "mlp"}, ("model.remat", "model.dtype", "model.time_condition", "model.log_snr_scale")),
+    ({"model.name": "mlp"}, ("model.remat", "model.dtype", "model.input_frequencies")),
+    ({"model.name": "mlp"}, ("model.time_condition", "model.log_snr_scale")),
     ({"model.name": "ncsnpp"}, ("model.num_layers",)),
     ({"model.time_condition": "public"}, ("model.log_snr_scale",)),
     *(

@@ -94,6 +94,7 @@ def get_default_configs() -> ConfigDict:
     model.trainable_embedding = False
     model.time_condition = "public"  # public: sigma of VE, else 999 t | log_snr, with a positional embedding
     model.log_snr_scale = 4.0  # radians of the fastest feature for a unit of log-SNR
+    model.input_frequencies = ()  # each n gives the network sin and cos of 2^n 2 pi x beside x; VDM's are (6, 7)
     model.init_scale = 0.0
     model.conv_size = 3
     model.dropout = 0.1

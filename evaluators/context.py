@@ -137,6 +137,11 @@ def split_name(config: Any) -> str:
     return config.dataset or config.bpd_dataset
 
 
+def of_split(kind: str, config: Any) -> str:
+    """The name of results of `kind`: that of the training split ends in _train."""
+    return kind + ("_train" if split_name(config) == "train" else "")
+
+
 def split(task: Task, name: str, *, limit: int = 0, repeats: int = 1) -> Split:
     """Cuts a split, or its first `limit` > 0 examples, into batches of `eval.batch_size` or fewer."""
     size = len(getattr(task.dataset, name))

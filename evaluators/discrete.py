@@ -12,7 +12,17 @@ import numpy as np
 import datasets
 import evaluation
 import likelihood
-from evaluators.context import Context, Evaluator, Split, fold_in_each, per_example, settings_of, split, split_name
+from evaluators.context import (
+    Context,
+    Evaluator,
+    Split,
+    fold_in_each,
+    of_split,
+    per_example,
+    settings_of,
+    split,
+    split_name,
+)
 from evaluators.dequantized import Dequantizer, name_of, truncated_normal, uniform
 from evaluators.likelihood import SOLVER_SETTINGS, bits_per_dim, log_likelihood, log_mean
 from task import Task
@@ -63,11 +73,12 @@ def bound_evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
     repeats = config.num_repeats if split_name(config) == "test" else 1
     examples = split(task, split_name(config), limit=config.num_examples, repeats=repeats)
     parts_of, settings = _parts_of(task, examples), settings_of(config, *_BOUND_SETTINGS)
+    name = of_split("discrete_bound", config)
 
     def evaluate(context: Context) -> dict[str, Any]:
         parts = examples.run(context, "discrete_bound", settings, lambda k: parts_of(context, k))
-        context.write("discrete_bound", **parts)
-        return {"discrete_bound": {**_with_parts(parts), "settings": settings}}
+        context.write(name, **parts)
+        return {name: {**_with_parts(parts), "settings": settings}}
 
     return evaluate
 
@@ -105,11 +116,12 @@ def ledger_evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
         arrays = examples.run(context, "ledger", settings, unit)
         parts = {name: arrays.pop(name) for name in likelihood.DiscreteBound._fields}
         arrays["discrete_bound"] = np.sum(list(parts.values()), axis=0)
-        context.write("ledger", **arrays)
+        context.write(of_split("ledger", config), **arrays)
         first, *others = arrays
         rows = {name: {**evaluation.mean_and_stderr(values), "unit": "bits/dim"} for name, values in arrays.items()}
         rows["discrete_bound"] = _with_parts(parts)
         differences = {name: evaluation.mean_and_stderr(arrays[name] - arrays[first]) for name in others}
-        return {"ledger": {**rows, "settings": settings}, f"ledger_minus_{first}": differences}
+        ledger, minus = of_split("ledger", config), of_split(f"ledger_minus_{first}", config)
+        return {ledger: {**rows, "settings": settings}, minus: differences}
 
     return evaluate

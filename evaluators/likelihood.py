@@ -14,7 +14,17 @@ from absl import logging
 import evaluation
 import likelihood
 from evaluators.baselines import baselines
-from evaluators.context import Context, Evaluator, fold_in_each, per_example, round_up, settings_of, split, split_name
+from evaluators.context import (
+    Context,
+    Evaluator,
+    fold_in_each,
+    of_split,
+    per_example,
+    round_up,
+    settings_of,
+    split,
+    split_name,
+)
 from evaluators.density import density_grid, quadrature_nll, reverse_sde_log_density
 from evaluators.dequantized import Dequantizer, name_of
 from task import Task
@@ -70,11 +80,7 @@ def log_likelihood(task: Task, size: int):
 
 def result_name(kind: str, config: Any) -> str:
     """`kind` with what is not the default about its data: bpd, bpd_variational, bpd_train, ..."""
-    return (
-        kind
-        + ("_variational" if name_of(config) == "variational" else "")
-        + ("_train" if split_name(config) == "train" else "")
-    )
+    return of_split(kind + ("_variational" if name_of(config) == "variational" else ""), config)
 
 
 def bits_per_dim(task: Task, logp: np.ndarray) -> np.ndarray:

@@ -131,3 +131,12 @@ def get_timestep_embedding(t: Float[Array, "B"], dim: int) -> Float[Array, "B di
     angles = t[:, None] * frequencies
     embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+def with_fourier_features(x: Float[Array, "*shape C"], powers: tuple[int, ...]) -> Float[Array, "*shape O"]:
+    """x, and for each n of `powers` the channels sin(2^n 2 pi x) and cos(2^n 2 pi x): O = C (1 + 2 len(powers)).
+
+    They show the network differences of one level of the pixels (VDM, arXiv 2107.00630, appendix C).
+    """
+    angles = [2 * math.pi * 2.0**n * x for n in powers]
+    return jnp.concatenate([x, *(f(angle) for angle in angles for f in (jnp.sin, jnp.cos))], axis=-1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import layerspp
-from models.layers import ACTIVATIONS, conv, dense, get_timestep_embedding, normalize
+from models.layers import ACTIVATIONS, conv, dense, get_timestep_embedding, normalize, with_fourier_features
 
 Image = Float[Array, "B H W C"]
 
@@ -59,6 +59,7 @@ class NCSNpp(nn.Module):
     fourier_scale: float
     trainable_embedding: bool
     log_snr_scale: float
+    input_frequencies: tuple[int, ...]
     init_scale: float
     conv_size: int
     scale_by_sigma: bool
@@ -114,7 +115,7 @@ class NCSNpp(nn.Module):
         resnet, attention = self._parts()
         pyramid = x  # the image at the current resolution
         dtype = jnp.bfloat16 if self.dtype == "bfloat16" else x.dtype
-        skips = [conv(self.nf, self.conv_size)(x).astype(dtype)]
+        skips = [conv(self.nf, self.conv_size)(with_fourier_features(x, self.input_frequencies)).astype(dtype)]
         for level, multiplier in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
                 h = resnet(features=self.nf * multiplier)(skips[-1], temb, train)

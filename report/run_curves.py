@@ -68,7 +68,7 @@ def pictures(run: RunFiles) -> Iterator[Picture]:
         caption = "Examples, each averaged over its repeats; band: ± one standard error."
         caption += f" From {path.relative_to(run.workdir)}."
         yield Picture("bpd", png(figure), caption, "Likelihood of the examples")
-    if found := newest_npz(run.eval, "ledger_*.npz"):
+    if found := newest_npz(run.eval, "ledger_[0-9]*.npz"):
         path, arrays = found
         caption = "Mean over the same images, and the paired difference to the first row ± its standard error."
         yield Picture("ledger", png(ledger(arrays)), f"{caption} From {path.relative_to(run.workdir)}.", "Ledger")

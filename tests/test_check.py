@@ -152,6 +152,7 @@ BAD = {
     RULES["model.parameterization"].otherwise: ("v", "Noise"),
     RULES["training.time_sampling"].otherwise: ("importance", "Uniform"),
     RULES["model.ch_mult"].otherwise: ((), (1, 0), (1, -2), (1.0, 2), (1, "2"), (True, 2), ((1,), 2)),
+    RULES["model.input_frequencies"].otherwise: ((-1,), (13,), (6.0,), (True,)),
     RULES["model.attn_resolutions"].otherwise: ((0,), (-8,), (8.0,), ("8",), (True,)),
     RULES["model.fir_kernel"].otherwise: ((), (0, 0), (1, math.nan), (math.inf,), ("1",), (1, -1)),
 }
@@ -277,13 +278,14 @@ def test_too_few_steps_are_nan_where_the_check_says_so(sde, predictor, corrector
     assert np.isfinite(x).all() == passes(config)
 
 
-# another value of a key that holds text
+# another value of a key that holds text or a list
 OTHER = {
     "model.time_condition": "log_snr",
     "eval.dequantization": "truncated_normal",
     "model.dtype": "bfloat16",
     "data.category": "church",
     "data.dir": "/data",
+    "model.input_frequencies": (6, 7),
 }
 
 

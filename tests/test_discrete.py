@@ -301,6 +301,9 @@ def test_ledger_and_bound_of_the_levels(tmp_path):
     bound = EVALUATORS["discrete_bound"](task, create(task, tmp_path))(context)["discrete_bound"]
     assert bound["mean"] == pytest.approx(rows["discrete_bound"]["mean"], rel=1e-6)
     assert sum(bound["parts"].values()) == pytest.approx(bound["mean"], rel=1e-6)
+    task.config.eval.bpd_dataset = "train"
+    of_train = EVALUATORS["discrete_bound"](task, create(task, tmp_path))(context)
+    assert list(of_train) == ["discrete_bound_train"] and context.file("discrete_bound_train").exists()
 
     (tmp_path / "eval").mkdir()
     for path in tmp_path.glob("*.npz"):

@@ -22,7 +22,7 @@ OPTIM = {key for key in KEYS if key.startswith("optim.")} - {"optim.optimizer"}
 UNET = of("model", "attn_resolutions ch_mult conditional conv_size dtype embedding_type fir")
 UNET |= of("model", "fir_kernel fourier_scale init_scale num_res_blocks progressive progressive_combine")
 UNET |= of("model", "progressive_input remat resamp_with_conv resblock_type scale_by_sigma skip_rescale")
-UNET |= of("model", "trainable_embedding time_condition log_snr_scale")
+UNET |= of("model", "trainable_embedding time_condition log_snr_scale input_frequencies")
 MLP = of("model", "num_layers")
 BOTH = of("model", "dropout name nf nonlinearity num_scales parameterization sigma_data")
 # Every mode builds the network, the process, the data and the optimiser.

@@ -164,3 +164,12 @@ def test_uneven_groups_are_refused():
         with pytest.raises(UserError, match=f"{channels} channels"):
             group_norm(channels)
     assert [group_norm(channels).num_groups for channels in (4, 64, 128, 256)] == [1, 16, 32, 32]
+
+
+def test_fourier_features_turn_as_often_as_they_are_said_to():
+    x = jnp.array([[0.0, 1 / 8], [1 / 16, 0.3]])
+    features = layers.with_fourier_features(x, (1, 2))
+    assert features.shape == (2, 10) and np.array_equal(features[..., :2], x)
+    assert features[0, 2:] == pytest.approx([0, 1, 1, 0, 0, 0, 1, -1], abs=1e-6)  # a quarter and half a turn
+    assert features[1, [3, 7]] == pytest.approx(np.sin([1.2 * np.pi, 2.4 * np.pi]), abs=1e-6)
+    assert np.array_equal(layers.with_fourier_features(x, ()), x)

@@ -63,7 +63,7 @@ def random_params(model, x_shape, scale=0.3, dtype: Any = np.float32):
     [
         dict(resblock_type="ddpm", resamp_with_conv=False, progressive="residual", skip_rescale=False),
         dict(resblock_type="ddpm", fir=False, progressive="output_skip", progressive_input="input_skip"),
-        dict(conditional=False, progressive_input="none", conv_size=1, nonlinearity="elu"),
+        dict(conditional=False, progressive_input="none", conv_size=1, nonlinearity="elu", input_frequencies=(6, 7)),
         dict(conv_size=5, fir_kernel=(1, 2, 1), trainable_embedding=True, scale_by_sigma=False),
         dict(sde="vpsde", embedding_type="fourier", progressive="residual", fir=False, progressive_combine="cat"),
     ],
