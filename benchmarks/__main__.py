@@ -3,8 +3,8 @@
 
 python -m benchmarks [--only step,memory] [--workdir runs/bench]
 
-Runs one script after the other, each printed as it starts, and trains first what they measure: two networks on the
-digits and one on Fashion-MNIST, whose data set is to be at hand (docs/data.md). What a script prints goes to
+Runs one script after the other, each printed as it starts, and trains first what they measure: three networks on the
+digits and two on Fashion-MNIST, whose data set is to be at hand (docs/data.md). What a script prints goes to
 <workdir>/<name>.txt, and its last line, one JSON object, here too. What is finished is not repeated, unless its file
 <name>.whole is removed.
 """
@@ -22,36 +22,41 @@ NETWORKS = {  # name: config file
     "digits_ve": "configs/digits/ve_ncsnpp.py",
     "digits_vp": "configs/digits/vp_ddpmpp.py",
     "fashion_ve": "configs/reproduce/fashion_ve.py",
+    "digits_ml": "configs/ml/digits.py",
+    "fashion_ml": "configs/ml/fashion_mnist.py",
 }
-COMMANDS = {  # name: module of this package, flags, and the network that is measured
-    "step": ("step", (), None),
-    "convolution": ("convolution", (), None),
-    "convolution_shapes": ("convolution", ("--shapes",), None),
-    "unrolled_steps": ("unrolled_steps", (), None),
-    "input": ("input", (), None),
-    "image_folder": ("image_folder", (), None),
-    "startup": ("startup", (), None),
-    "likelihood_digits_ve": ("likelihood", ("--repeats=3",), "digits_ve"),
-    "likelihood_digits_vp": ("likelihood", ("--repeats=3",), "digits_vp"),
-    "likelihood_fashion_ve": ("likelihood", ("--batch=8", "--repeats=1", "--steps=160"), "fashion_ve"),
-    "likelihood_random": ("likelihood", ("--ends", "--repeats=1"), None),
-    "precision": ("precision", (), "digits_ve"),
-    "memory": ("memory", (), None),
+COMMANDS = {  # name: module of this package, flags, and the networks that are measured, the second a recipe's
+    "step": ("step", (), ()),
+    "convolution": ("convolution", (), ()),
+    "convolution_shapes": ("convolution", ("--shapes",), ()),
+    "unrolled_steps": ("unrolled_steps", (), ()),
+    "input": ("input", (), ()),
+    "image_folder": ("image_folder", (), ()),
+    "startup": ("startup", (), ()),
+    "likelihood_digits_ve": ("likelihood", ("--repeats=3",), ("digits_ve",)),
+    "likelihood_digits_vp": ("likelihood", ("--repeats=3",), ("digits_vp",)),
+    "likelihood_fashion_ve": ("likelihood", ("--batch=8", "--repeats=1", "--steps=160"), ("fashion_ve",)),
+    "likelihood_digits_recipe": ("likelihood", ("--repeats=3",), ("digits_ve", "digits_ml")),
+    "likelihood_fashion_recipe": ("likelihood", ("--batch=8", "--repeats=1"), ("fashion_ve", "fashion_ml")),
+    "likelihood_random": ("likelihood", ("--ends", "--repeats=1"), ()),
+    "precision": ("precision", (), ("digits_ve",)),
+    "memory": ("memory", (), ()),
 }
 
 
-def of_network(workdir: Path, name: str) -> tuple[str, ...]:
-    """The flags that name a trained network, which is trained first unless it is there."""
-    flags = f"--workdir={workdir / name}", f"--config={NETWORKS[name]}"
-    run_unless_done(workdir / name / "whole", workdir / f"{name}.log", "main.py", *flags, "--mode=train")
-    return flags
+def train(workdir: Path, name: str) -> tuple[Path, str]:
+    """A network's run and config file. It is trained unless it is there."""
+    run, config = workdir / name, NETWORKS[name]
+    command = "main.py", f"--workdir={run}", f"--config={config}", "--mode=train"
+    run_unless_done(run / "whole", workdir / f"{name}.log", *command)
+    return run, config
 
 
 def measure(workdir: Path, name: str) -> None:
     """Runs a script unless it has run, and prints what it found."""
-    module, flags, network = COMMANDS[name]
-    if network is not None:
-        flags = *of_network(workdir, network), *flags
+    module, flags, networks = COMMANDS[name]
+    for names, network in zip((("workdir", "config"), ("recipe", "recipe-config")), networks, strict=False):
+        flags = *(f"--{flag}={value}" for flag, value in zip(names, train(workdir, network), strict=True)), *flags
     output = workdir / f"{name}.txt"
     run_unless_done(output.with_suffix(".whole"), output, "-m", f"benchmarks.{module}", "--json", *flags)
     found = json.loads(output.read_text().splitlines()[-1])

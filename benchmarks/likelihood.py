@@ -4,6 +4,7 @@
 python -m benchmarks.likelihood [--json] [--quick] [--sde vpsde|vesde]
                                 [--workdir RUN --config FILE] [--batch N] [--repeats N] [--steps N]
                                 [--no-reference | --reference FILE] [--ends]
+                                [--recipe RUN --recipe-config FILE --recipe-steps N]
 
 Same network, weights, images and probes on both sides, in one run, at tolerance 1e-5. Baseline: two programs a step's
 evaluation, the drift, and the divergence by reverse mode, and one step size for the batch. Then a line for each lever,
@@ -12,6 +13,7 @@ of a run. The even grid (eval.ode_solver=adams) takes the place of RK45 and has 
 Without --workdir: a DDPM++ (VE: NCSN++) with nf 32, ch_mult (1, 2, 2), 2 blocks and random weights of
 init_scale 1 on 16x16x3 images. That one is stiff: `--ends --repeats 1` takes three quarters of an hour on 2 cores, the
 whole several hours. Every solve is told on stderr as it ends. The last line is the ratio; with --json one object.
+With --recipe the baseline on the run's network stands against our solvers on that other run's, on the same images.
 """
 
 import argparse
@@ -54,6 +56,7 @@ class Problem(NamedTuple):
     x: np.ndarray
     v: np.ndarray
     data_std: float
+    bits_per_dim: Callable[[np.ndarray], Any]  # of log p [B] in nats
 
 
 class Result(NamedTuple):
@@ -78,7 +81,10 @@ def random_network(sde_name: str, batch: int) -> Problem:
     x = 2 * images - 1 if config.data.centered else images
     v = rng.choice([-1.0, 1.0], x.shape)
     score_of = functools.partial(get_score_fn, sde, model, model_state={})
-    return Problem(sde, score_of, params, x.astype(np.float32), v.astype(np.float32), config.eval.ode_data_std)
+    inverse = datasets.get_data_inverse_scaler(config.data.centered)
+    bits_per_dim = functools.partial(likelihood.bits_per_dim, dim=x[0].size, inverse_scaler=inverse)
+    x, v = x.astype(np.float32), v.astype(np.float32)
+    return Problem(sde, score_of, params, x, v, config.eval.ode_data_std, bits_per_dim)
 
 
 def trained_network(workdir: str, config_file: str, batch: int) -> Problem:
@@ -90,7 +96,9 @@ def trained_network(workdir: str, config_file: str, batch: int) -> Problem:
     v = np.random.default_rng(0).choice([-1.0, 1.0], x.shape)
     score_of = functools.partial(built.score_fn, model_state=state.get("model_state", {}))
     x, v = np.asarray(x, np.float32), v.astype(np.float32)
-    return Problem(built.sde, score_of, state["ema_params"], x, v, config.eval.ode_data_std)
+    unit = {"dim": x[0].size, "inverse_scaler": built.inverse_scaler, "levels": built.dataset.levels}
+    bits_per_dim = functools.partial(likelihood.bits_per_dim, **unit)
+    return Problem(built.sde, score_of, state["ema_params"], x, v, config.eval.ode_data_std, bits_per_dim)
 
 
 def public_solver(problem: Problem, *, one_program: str | None) -> Callable[[], Result]:
@@ -182,15 +190,37 @@ def bits_per_dim_error(problem: Problem, logp: np.ndarray, truth: np.ndarray) ->
     return float(np.mean(np.abs(logp - truth)) / (problem.x[0].size * math.log(2)))
 
 
-def levers(steps: int) -> dict[str, Callable[[Problem], Callable[..., Result]]]:
+class Lever(NamedTuple):
+    problem: Problem
+    solver: Callable[[Problem], Callable[..., Result]]
+
+
+def levers(problem: Problem, steps: int) -> dict[str, Lever]:
     """What makes each solver, with the levers above it; the last is in place of RK45."""
-    return {
+    solvers = {
         BASELINE: functools.partial(public_solver, one_program=None),
         "scipy, one reverse-mode program": functools.partial(public_solver, one_program="reverse"),
         "scipy, one jvp": functools.partial(public_solver, one_program="jvp"),
         "on the device, steps per example": device_solver,
         f"even grid in log-SNR, {steps} steps": functools.partial(device_solver, steps=steps),
     }
+    return {name: Lever(problem, solver) for name, solver in solvers.items()}
+
+
+def recipes(public: Problem, recipe: Problem, steps: int) -> dict[str, Lever]:
+    """The public code's way on one network, and ours on another."""
+    *_, on_device, even_grid = levers(recipe, steps).items()
+    ours = {f"recipe, {name}": lever for name, lever in (on_device, even_grid)}
+    return {BASELINE: levers(public, steps)[BASELINE], **ours}
+
+
+def references(measured: dict[str, Lever], path: Path | None) -> dict[str, np.ndarray]:
+    """`known_reference` for each. Those of a second network are kept beside `path`."""
+    found: dict[int, np.ndarray] = {}
+    for problem, _ in measured.values():
+        if id(problem) not in found:
+            found[id(problem)] = known_reference(problem, path and path.with_name(path.name + ".recipe" * len(found)))
+    return {name: found[id(problem)] for name, (problem, _) in measured.items()}
 
 
 def timed(name: str, solve: Callable[[], Result]) -> tuple[Result, float]:
@@ -232,33 +262,40 @@ def main() -> None:
         "--reference", type=Path, help=".npz file that keeps the float64 run's result for the next call"
     )
     parser.add_argument("--ends", action="store_true", help="only the baseline and the even grid")
+    parser.add_argument("--recipe", default="", help="a run whose network our solvers are measured on")
+    parser.add_argument("--recipe-config", default="", help="the config file of that run")
+    parser.add_argument("--recipe-steps", type=int, default=54, help="of the even grid there, for 65 evaluations")
     args = parser.parse_args()
-    if bool(args.workdir) != bool(args.config):
-        parser.error("--workdir and --config go together")
+    if bool(args.workdir) != bool(args.config) or bool(args.recipe) != bool(args.recipe_config):
+        parser.error("--workdir and --config go together, and so do --recipe and --recipe-config")
+    if args.recipe and not args.workdir:
+        parser.error("--recipe needs --workdir, the run of the baseline")
     batch, repeats = (2, 1) if args.quick else (args.batch, args.repeats)
     if args.workdir:
         problem = trained_network(args.workdir, args.config, batch)
     else:
         problem = random_network(args.sde, batch)
-    makers = levers(args.steps or (192 if args.workdir else 1280))
-    *_, even_grid = makers
-    names = (BASELINE, even_grid) if args.ends else tuple(makers)
-    solvers = {name: makers[name](problem) for name in names}
-    truth = None if args.no_reference else known_reference(problem, args.reference)
+    measured = levers(problem, args.steps or (192 if args.workdir else 1280))
+    if args.recipe:
+        measured = recipes(problem, trained_network(args.recipe, args.recipe_config, batch), args.recipe_steps)
+    if args.ends:
+        measured = {name: lever for name, lever in measured.items() if name in (BASELINE, [*measured][-1])}
+    solvers = {name: lever.solver(lever.problem) for name, lever in measured.items()}
+    truths = {} if args.no_reference else references(measured, args.reference)
+    errors: dict[str, Any] = dict.fromkeys(measured)
     results, seconds = measure(solvers, repeats)
-    errors = {
-        name: truth if truth is None else bits_per_dim_error(problem, r.logp, truth) for name, r in results.items()
-    }
     rows = {}
-    for name, result in results.items():
-        speedup = seconds[BASELINE] / seconds[name]
-        nfe = float(result.nfe.mean())
-        rows[name] = {"seconds": seconds[name], "nfe": nfe, "bpd_error": errors[name], "speedup": speedup}
-        accuracy = "" if errors[name] is None else f"  error {errors[name]:.1e} bits/dim"
-        print(f"{name:34}  {seconds[name]:7.2f} s  NFE {nfe:6.0f}{accuracy}  {speedup:4.1f} times")
+    for name, (of, _) in measured.items():
+        result, speedup = results[name], seconds[BASELINE] / seconds[name]
+        if truths:
+            errors[name] = bits_per_dim_error(of, result.logp, truths[name])
+        nfe, bpd = float(result.nfe.mean()), float(np.mean(of.bits_per_dim(result.logp)))
+        rows[name] = {"seconds": seconds[name], "nfe": nfe, "bpd": bpd, "bpd_error": errors[name], "speedup": speedup}
+        accuracy = "" if errors[name] is None else f"  error {errors[name]:.1e}"
+        print(f"{name:42}  {seconds[name]:7.2f} s  NFE {nfe:6.0f}  {bpd:.4f} bits/dim{accuracy}  {speedup:4.1f} times")
     # of those of ours with no larger error the fastest, or if there is none the most accurate
     ours = [name for name in rows if not name.startswith("scipy")]
-    accurate = [name for name in ours if truth is None or errors[name] <= errors[BASELINE]]
+    accurate = [name for name in ours if not truths or errors[name] <= errors[BASELINE]]
     best = min(accurate, key=lambda name: seconds[name]) if accurate else min(ours, key=lambda name: errors[name])
     summary = {
         "speedup": rows[best]["speedup"],

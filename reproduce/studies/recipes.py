@@ -55,7 +55,7 @@ def runs_of(study: str, data: str, seeds: int) -> list[Run]:
         "ml_straight": (ml, ("training.sde=straight",)),
     }
     radians = {"ml_vp": (ml, ()), **{name: (ml, overrides) for name, overrides in RADIANS.items()}}
-    evaluations = [("eval", ("sampling.method=ode", "eval.num_samples=64"))]
+    evaluations: list[tuple[str, tuple[str, ...]]] = [("eval", ("sampling.method=ode", "eval.num_samples=64"))]
     for evaluated, steps in GRIDS.items():
         grid = ("eval.enable_sampling=False", "eval.ode_solver=adams", f"eval.ode_steps={steps}")
         evaluations.append((f"eval_{evaluated}", grid))
