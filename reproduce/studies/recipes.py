@@ -28,9 +28,11 @@ from reproduce.studies import length
 GRIDS = {65: 54, 129: 118}  # evaluations of the network: steps of `adams`
 WEIGHTED = ("training.likelihood_weighting=True", "training.importance_weighting=True")
 PLAIN = ("training.likelihood_weighting=False", "training.importance_weighting=False")
+LEVELS = ("data.uniform_dequantization=False", "eval.dequantization=truncated_normal")
 VE_VELOCITY = ("model.parameterization=velocity", "model.scale_by_sigma=False")
 PUBLIC = ("vp", "vp_weighted", "ve")
 RADIANS = {f"ml_vp_{scale}": (f"model.log_snr_scale={scale}",) for scale in (1.0, 16.0, 64.0)}
+LOG_SNR_MAX = {"digits": ("model.log_snr_max=7.8",)}  # where the levels are 3 noises apart, as 13.3 has it for 256
 DATA = {  # name: config files of VP, VE and the recipe for bits/dim, and what all three change
     "digits": ("configs/digits/vp_ddpmpp.py", "configs/digits/ve_ncsnpp.py", "configs/ml/digits.py", ()),
     "patches": ("configs/patches/vp_ddpmpp.py", "configs/patches/ve_ncsnpp.py", "configs/ml/patches.py", ()),
@@ -44,7 +46,7 @@ DATA = {  # name: config files of VP, VE and the recipe for bits/dim, and what a
 
 
 def runs_of(study: str, data: str, seeds: int) -> list[Run]:
-    """The runs of one data set for each seed: six recipes, or that for bits/dim with four numbers of radians."""
+    """The runs of one data set for each seed: seven recipes, or that for bits/dim with four numbers of radians."""
     vp, ve, ml, common = DATA[data]
     recipes = {
         "vp": (vp, PLAIN),
@@ -52,6 +54,7 @@ def runs_of(study: str, data: str, seeds: int) -> list[Run]:
         "ve": (ve, ()),
         "ve_velocity": (ve, VE_VELOCITY),
         "ml_vp": (ml, ()),
+        "ml_vp_levels": (ml, (*LEVELS, *LOG_SNR_MAX.get(data, ()))),
         "ml_straight": (ml, ("training.sde=straight",)),
     }
     radians = {"ml_vp": (ml, ()), **{name: (ml, overrides) for name, overrides in RADIANS.items()}}
