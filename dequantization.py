@@ -54,7 +54,7 @@ def truncated_normal(sde: SDE, x: Batch, u: Batch, half: float, eps: float) -> t
     D (ln(sigma Q sqrt(2 pi e)) - tau phi(tau) / Q), with phi the normal density and Q = erf(tau / sqrt 2).
 
     Args:
-        x: levels, in the model's range. half: half the distance of two levels there. u: uniform in [0, 1].
+        x: levels, in the model's range. half: half the distance of two levels there. u: uniform in (0, 1).
     """
     t = jnp.full(x.shape[0], eps, x.dtype)
     alpha, sigma = sde.alpha(t), sde.sigma(t)

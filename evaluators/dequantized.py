@@ -67,10 +67,11 @@ def truncated_normal(task: Task) -> Dequantizer:
     scaler = datasets.get_data_scaler(config.data.centered)
     step = scaler(1.0) - scaler(0.0)  # of the range of the levels
     half, eps = 0.5 * step / (levels - 1), config.training.smallest_time
+    margin = levels * 2.0**-25  # half the distance of the numbers u: at 0 and 1 the noise would have no bounds
 
     def dequantize(_, __, image01, x01):
         level = jnp.round(image01 * (levels - 1))
-        u = jnp.clip(x01 * levels - level, 0, 1)
+        u = jnp.clip(x01 * levels - level, margin, 1 - margin)
         x, log_q = dequantization.truncated_normal(task.sde, scaler(image01), u, half, eps)
         return x, log_q + math.prod(image01.shape[1:]) * math.log(step / levels)
 

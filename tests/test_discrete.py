@@ -20,7 +20,8 @@ import sde_lib
 from configs.default_configs import get_default_configs
 from dequantization import truncated_normal
 from evaluators import EVALUATORS
-from evaluators.context import Context
+from evaluators import dequantized as dequantizers
+from evaluators.context import Context, Split
 from evaluators.dequantized import create
 from likelihood import discrete_bound, ode_log_likelihood
 from runtime import records
@@ -312,3 +313,22 @@ def test_ledger_and_bound_of_the_levels(tmp_path):
     page = report.write_report(tmp_path).read_text()
     assert "Ledger: truncated normal 20" in page and "by noise" in page
     assert (tmp_path / "report" / "ledger.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("levels", [17, 256])
+def test_truncated_normal_noise_is_finite_where_a_level_is_many_noises_wide(levels):
+    """Uniform numbers of exactly 0 and (to float precision) 1, which are one draw in 2^24."""
+    task = discrete_task(levels, False)
+    task.config.model.log_snr_max = 2 * math.log(10.0 * (levels - 1))  # half a level is 10 noises
+    task = task._replace(sde=sde_lib.from_config(task.config))
+    level = np.arange(levels).repeat(2).reshape(-1, 1, 1, 1)
+
+    class Corners(Split):
+        def batch(self, unit, draw, dequantize=True, scale=True):
+            u = np.tile([0.0, 1.0], levels).reshape(level.shape)
+            x = (level + u) / levels if dequantize else level / (levels - 1)
+            return 0, x.astype(np.float32), np.arange(2 * levels)
+
+    _, x, _, log_q = dequantizers.truncated_normal(task).batch(Corners(task, "test", 2 * levels, 2 * levels, 1), 0, 0)
+    n = (x - (2 * level / (levels - 1) - 1)) * 10 * (levels - 1)
+    assert np.isfinite(log_q).all() and (3.5 < abs(n)).all() and (abs(n) < 6).all()
