@@ -6,7 +6,7 @@ number of dimensions, c = z + sigma sg(s), sg the stop-gradient. A power of sigm
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -219,6 +219,17 @@ def get_times(
     return lambda u: sde.time(u, eps, by_log_snr), factor
 
 
+def term_weights(training_config: Any) -> dict[str, float]:
+    """The factor of each term of the objective, by its name. Terms above the order have 0; members of TERMS, none."""
+    order = training_config.score_matching_order
+    above = {
+        "second": training_config.second_order_weight if order >= 2 else 0.0,
+        "third": training_config.third_order_weight if order >= 3 else 0.0,
+    }
+    further = {name: weight for name in TERMS if (weight := training_config[f"{name}_weight"])}
+    return {"first": 1.0, **above, **further}
+
+
 def get_loss_fn(
     training_config: Any,
     sde: SDE,
@@ -236,9 +247,7 @@ def get_loss_fn(
     """
     order = training_config.score_matching_order
     weighting, (time, factor) = get_weighting(training_config), get_times(training_config, sde, sigma_data)
-    w2 = training_config.second_order_weight if order >= 2 else 0.0
-    w3 = training_config.third_order_weight if order >= 3 else 0.0
-    weights = {name: weight for name in TERMS if (weight := training_config[f"{name}_weight"])}
+    weights = term_weights(training_config)
     exact, reduce_mean = training_config.exact_jacobian, training_config.reduce_mean  # False: order 1 only
 
     def loss_fn(params, model_state, x0, index, key):
@@ -252,11 +261,10 @@ def get_loss_fn(
         if not reduce_mean:
             first = 0.5 * math.prod(x0.shape[1:]) * first
         second = terms.second_trace + terms.second_frobenius
-        loss = first + w2 * second + w3 * terms.third
-        further = {name: w * TERMS[name](sde, score_fn, x0, draws) for name in weights}
-        for name, weight in weights.items():
-            loss += weight * further[name]
-        return jnp.mean(loss), {"loss": loss, "first": first, "second": second, "third": terms.third, **further}
+        further = {name: w * TERMS[name](sde, score_fn, x0, draws) for name in weights if name in TERMS}
+        values = {"first": first, "second": second, "third": terms.third, **further}
+        loss = sum(weight * values[name] for name, weight in weights.items())
+        return jnp.mean(loss), {"loss": loss, **values}
 
     return loss_fn
 
@@ -331,3 +339,33 @@ def get_step_fn(
         return state.replace(step=state.step + 1), {**metrics, "skipped": 1.0 - good}
 
     return step_fn
+
+
+def get_grad_shares_fn(
+    loss_fn: LossFn, weights: Mapping[str, float], axis_name: str | None = "batch", num_microbatches: int = 1
+) -> Callable[[TrainState, Array], dict[str, Array]]:
+    """Makes (state, x0 [B, ...]) -> `grad_share/<term>`: the norm of the term's gradient, over the sum of these norms.
+
+    weights: `term_weights`; a term with 0 is left out. The gradients are those of the weighted terms' means over the
+    global batch, with the draws of the state's next step.
+    """
+    weights = {name: weight for name, weight in weights.items() if weight}
+
+    def shares_fn(state, x0):
+        device = jax.lax.axis_index(axis_name) if axis_name else 0
+        index = device * x0.shape[0] + jnp.arange(x0.shape[0])
+        key = jax.random.fold_in(state.key, state.step)
+
+        def gradients(x0, index):  # with a leading axis of terms
+            def means(params):
+                _, terms = loss_fn(params, state.model_state, x0, index, key)
+                return jnp.stack([weight * jnp.mean(terms[name]) for name, weight in weights.items()])
+
+            values, pull = jax.vjp(means, state.params)
+            return jax.lax.map(lambda direction: pull(direction)[0], jnp.eye(len(weights), dtype=values.dtype))
+
+        total = _mean_over_parts(gradients, num_microbatches, x0, index)
+        norms = jax.vmap(optax.tree.norm)(jax.lax.pmean(total, axis_name) if axis_name else total)
+        return {f"grad_share/{name}": share for name, share in zip(weights, norms / jnp.sum(norms), strict=True)}
+
+    return shares_fn

@@ -31,6 +31,7 @@ def get_default_configs() -> ConfigDict:
     training.n_iters = 1_000_001
     training.n_jitted_steps = 1
     training.log_freq = 100
+    training.grad_shares = False  # also logs the share of each term in the gradient; one more program to compile
     training.eval_freq = 100
     training.snapshot_freq = 50_000
     training.snapshot_freq_for_preemption = 10_000

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Job(NamedTuple):
     data_config: Config
     n_iters: int
     ema_rate: float
+    term_weights: Mapping[str, float] | None = None  # of terms whose shares in the gradient are logged
     frozen: Any = ()  # parameters that do not change; as constants of the program they would swell it
     on_snapshot: Callable[[losses.TrainState, int], bytes | None] | None = None  # saves samples; returns a PNG of them
 
@@ -101,7 +102,7 @@ class _Loop:
         self.step = int(job.state.step)
         self.state, self.frozen = replicate(job.state), replicate(job.frozen)
         self.is_writer = jax.process_index() == 0
-        self.p_step, self.eval_fn = _pmapped_steps(job), _eval_fn(job)
+        self.p_step, self.eval_fn, self.shares_fn = _pmapped_steps(job), _eval_fn(job), _pmapped_shares(job)
         self.loader = datasets.train_loader(
             job.task.dataset,
             job.data_config,
@@ -136,7 +137,7 @@ class _Loop:
             self._settle(_IN_FLIGHT)
             final = self.step >= job.n_iters
             if self.step % training.log_freq == 0:
-                self._log_train(clock)
+                self._log_train(clock, x)
             evaluating = self.step % training.eval_freq == 0
             snapshot = self.step % training.snapshot_freq == 0 or final
             if evaluating or snapshot:  # on every host: its means go over all of them
@@ -195,10 +196,12 @@ class _Loop:
             f"finite; the last good state is in {path}. Lower optim.lr, or look at the examples in metrics.jsonl"
         )
 
-    def _log_train(self, clock: "_Clock") -> None:
+    def _log_train(self, clock: "_Clock", x: np.ndarray) -> None:
         self._settle(0)
         means, n_iters = self.pending.means(), self.job.n_iters
-        self.log.write(self.step, "train", means)
+        shares = self.shares_fn(self.state, x[:, -1]) if self.job.term_weights else {}
+        shares = {name: float(value.addressable_data(0)[0]) for name, value in shares.items()}
+        self.log.write(self.step, "train", means | shares)
         speed, left = clock.speed(self.step), clock.left(self.step, n_iters)
         logging.info("step %d/%d  %s  %.3g steps/s  ETA %s", self.step, n_iters, shown(means), speed, left)
 
@@ -229,6 +232,19 @@ def _pmapped_steps(job: Job) -> Any:
             return jax.lax.scan(step_fn, state, x)
 
     return steps
+
+
+def _pmapped_shares(job: Job) -> Any:
+    """`losses.get_grad_shares_fn` as a pmap: (state, x [devices, B / devices, ...]) -> shares [devices]."""
+    training = job.task.config.training
+
+    @functools.partial(jax.pmap, axis_name="batch", devices=all_devices())
+    def shares(state, x):
+        parts, loss_fn = training.num_microbatches, job.loss_fn_of(job.frozen)
+        with jax.default_matmul_precision(training.matmul_precision):
+            return losses.get_grad_shares_fn(loss_fn, job.term_weights, num_microbatches=parts)(state, x)
+
+    return shares
 
 
 def _eval_fn(job: Job) -> Callable[[losses.TrainState], tuple[dict[str, float], dict[str, np.ndarray]]]:

@@ -35,7 +35,12 @@ LOSS = of("training", "exact_jacobian likelihood_weighting reduce_mean weighting
 LOSS |= of("data", "uniform_dequantization")
 LOOP = of("training", "eval_freq log_freq max_bad_steps n_jitted_steps snapshot_freq snapshot_freq_for_preemption")
 LOOP |= of("training", "snapshot_minutes_for_preemption wandb_project")
-TRAIN = LOSS | LOOP | of("training", "antithetic_times n_iters init_from snapshot_sampling") | of("model", "ema_rate")
+TRAIN = (
+    LOSS
+    | LOOP
+    | of("training", "antithetic_times grad_shares n_iters init_from snapshot_sampling")
+    | of("model", "ema_rate")
+)
 SAMPLER = of("sampling", "method smallest_time noise_removal")
 ODE, PC = of("sampling", "rtol atol"), of("sampling", "probability_flow n_steps_each snr")
 SECOND, THIRD = of("training", "second_order_weight"), of("training", "third_order_weight")

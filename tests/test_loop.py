@@ -420,3 +420,16 @@ def test_a_full_disk_is_one_line(tmp_path):
 )
 def test_the_console_shows_every_term_that_is_on(means, shown):
     assert loop.shown({**means, "grad_norm": 2.0, "skipped": 1.0}) == shown
+
+
+def test_shares_in_the_gradient_are_logged_and_change_nothing(tmp_path):
+    """At every log_freq, of the terms of the order; the parameters are those of a run that does not log them."""
+    states = {}
+    for shares in (True, False):
+        config = tiny_mixture(score_matching_order=3, grad_shares=shares, snapshot_sampling=False)
+        states[shares] = run_lib.train(config, tmp_path / str(shares))
+    jax.tree.map(np.testing.assert_array_equal, states[True].params, states[False].params)
+    logged = [line for line in lines(tmp_path / "True") if line["split"] == "train"]
+    names = [f"grad_share/{name}" for name in ("first", "second", "third")]
+    assert len(logged) == 2 and all(sum(line[name] for name in names) == pytest.approx(1) for line in logged)
+    assert not any("grad_share/first" in line for line in lines(tmp_path / "False"))

@@ -570,3 +570,31 @@ def test_step_does_not_depend_on_the_number_of_devices():
     new_params, ema, metrics = results[0]
     np.testing.assert_allclose(ema["w"], 0.9 * params["w"] + 0.1 * new_params["w"], rtol=1e-6)
     assert metrics["grad_norm"] > 0 and np.abs(new_params["w"] - params["w"]).max() > 1e-5
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_shares_of_the_terms_in_the_gradient(order):
+    """Against `jax.grad` of each term's mean, on 1 and 4 devices and in micro-batches."""
+    params = tiny_net(2)
+
+    def score_fn_of_params(params, model_state, dropout_key):
+        return jax.vmap(lambda x, t: score_one(params, x, t))
+
+    config = training_config(score_matching_order=order, second_order_weight=0.5, third_order_weight=3.0)
+    weights = losses.term_weights(config)
+    assert weights == {"first": 1.0, "second": 0.5 * (order > 1), "third": 3.0 * (order > 2)}
+    loss_fn = losses.get_loss_fn(config, SDES["vp"], score_fn_of_params)
+    state = losses.TrainState(jnp.asarray(4), params, params, None, {}, jax.random.PRNGKey(0))
+    x0 = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
+
+    def norm(name):
+        key = jax.random.fold_in(state.key, 4)
+        grads = jax.grad(lambda params: jnp.mean(loss_fn(params, {}, x0, jnp.arange(8), key)[1][name]))(params)
+        return weights[name] * np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
+
+    norms = {name: norm(name) for name, weight in weights.items() if weight}
+    truth = {f"grad_share/{name}": value / sum(norms.values()) for name, value in norms.items()}
+    for devices, parts in ((1, 1), (4, 1), (2, 2)):
+        shares_fn = losses.get_grad_shares_fn(loss_fn, weights, num_microbatches=parts)
+        shares = jit(jax.vmap(shares_fn, axis_name="batch", in_axes=(None, 0)))(state, x0.reshape(devices, -1, 2))
+        assert {name: float(share[0]) for name, share in shares.items()} == pytest.approx(truth, rel=1e-9)
