@@ -219,15 +219,20 @@ def get_times(
     return lambda u: sde.time(u, eps, by_log_snr), factor
 
 
-def term_weights(training_config: Any) -> dict[str, float]:
-    """The factor of each term of the objective, by its name. Terms above the order have 0; members of TERMS, none."""
+def term_weights(training_config: Any, dim: int) -> dict[str, float]:
+    """The factor of each term of the objective for data of `dim` dimensions, by name; 0 for terms above the order.
+
+    `training.third_order_scaling` = dimension multiplies the third's by `dim`, which keeps its share of the gradient
+    (docs/math.md). Of the members of TERMS those with a factor of 0 are left out.
+    """
     order = training_config.score_matching_order
-    above = {
-        "second": training_config.second_order_weight if order >= 2 else 0.0,
-        "third": training_config.third_order_weight if order >= 3 else 0.0,
-    }
-    further = {name: weight for name in TERMS if (weight := training_config[f"{name}_weight"])}
-    return {"first": 1.0, **above, **further}
+    weights = {"first": 1.0, "second": 0.0, "third": 0.0}
+    if order >= 2:
+        weights["second"] = training_config.second_order_weight
+    if order >= 3:
+        scale = dim if training_config.third_order_scaling == "dimension" else 1
+        weights["third"] = scale * training_config.third_order_weight
+    return weights | {name: weight for name in TERMS if (weight := training_config[f"{name}_weight"])}
 
 
 def get_loss_fn(
@@ -247,7 +252,6 @@ def get_loss_fn(
     """
     order = training_config.score_matching_order
     weighting, (time, factor) = get_weighting(training_config), get_times(training_config, sde, sigma_data)
-    weights = term_weights(training_config)
     exact, reduce_mean = training_config.exact_jacobian, training_config.reduce_mean  # False: order 1 only
 
     def loss_fn(params, model_state, x0, index, key):
@@ -257,9 +261,10 @@ def get_loss_fn(
         score_fn = score_fn_of_params(params, model_state, dropout_keys)
         w = factor(draws.t)
         terms = DSMLosses(*(w * term for term in dsm_losses(sde, score_fn, x0, *draws, order, exact)))
-        first = terms.first * weighting(sde, draws.t)
+        first, dim = terms.first * weighting(sde, draws.t), math.prod(x0.shape[1:])
+        weights = term_weights(training_config, dim)
         if not reduce_mean:
-            first = 0.5 * math.prod(x0.shape[1:]) * first
+            first = 0.5 * dim * first
         second = terms.second_trace + terms.second_frobenius
         further = {name: w * TERMS[name](sde, score_fn, x0, draws) for name in weights if name in TERMS}
         values = {"first": first, "second": second, "third": terms.third, **further}

@@ -2,6 +2,7 @@
 """The modes of `main.py`: `train`, `train_deq`, `evaluate` and `stats`."""
 
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def train(config: Config, workdir: str | Path) -> losses.TrainState:
             n_iters=training.n_iters,
             ema_rate=config.model.ema_rate,
             on_snapshot=sample_saver(task, workdir) if training.snapshot_sampling else None,
-            term_weights=losses.term_weights(training) if training.grad_shares else None,
+            term_weights=losses.term_weights(training, math.prod(task.dataset.shape)) if training.grad_shares else None,
         )
         return loop.run(job)
 

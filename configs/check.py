@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
     "training.num_microbatches": at_least(1),
     "training.n_iters": at_least(1),
     "training.n_jitted_steps": at_least(1),
+    "training.third_order_scaling": choice("none", "dimension"),
     "training.log_freq": at_least(1),
     "training.eval_freq": at_least(1),
     "training.snapshot_freq": at_least(1),

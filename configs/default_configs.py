@@ -16,6 +16,7 @@ def get_default_configs() -> ConfigDict:
     training.sde = "vesde"  # vpsde | subvpsde | vesde | linearvesde | vp_log_snr | straight
     training.score_matching_order = 1  # 1 | 2 | 3
     training.second_order_weight = 1.0
+    training.third_order_scaling = "none"  # none | dimension: times D, so that its gradient does not fade with D
     training.third_order_weight = 1.0
     training.exact_jacobian = False  # exact traces by jacfwd instead of a random probe, for small dimensions
     training.continuous = True

@@ -242,7 +242,7 @@ def _pmapped_shares(job: Job) -> Any:
     def shares(state, x):
         parts, loss_fn = training.num_microbatches, job.loss_fn_of(job.frozen)
         with jax.default_matmul_precision(training.matmul_precision):
-            return losses.get_grad_shares_fn(loss_fn, job.term_weights, num_microbatches=parts)(state, x)
+            return losses.get_grad_shares_fn(loss_fn, job.term_weights or {}, num_microbatches=parts)(state, x)
 
     return shares
 

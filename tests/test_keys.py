@@ -43,7 +43,7 @@ TRAIN = (
 )
 SAMPLER = of("sampling", "method smallest_time noise_removal")
 ODE, PC = of("sampling", "rtol atol"), of("sampling", "probability_flow n_steps_each snr")
-SECOND, THIRD = of("training", "second_order_weight"), of("training", "third_order_weight")
+SECOND, THIRD = of("training", "second_order_weight"), of("training", "third_order_scaling third_order_weight")
 EVAL = of("eval", "batch_size begin_ckpt end_ckpt wait_for_checkpoints_s num_examples num_repeats bpd_dataset dataset")
 EVAL |= of("eval", "bound enable_bpd enable_fisher enable_loss enable_sampling num_probes ode_solver")
 EVAL |= of("eval", "discrete_bound ledger importance_samples")

@@ -455,6 +455,8 @@ def test_loss_fn_weights_and_reports_its_terms():
     third = run(score_matching_order=3, second_order_weight=0.5, third_order_weight=0.1)
     assert all(v.shape == (8,) for v in third.values())
     np.testing.assert_allclose(third["loss"], third["first"] + 0.5 * third["second"] + 0.1 * third["third"])
+    scaled = run(score_matching_order=3, third_order_weight=0.1, third_order_scaling="dimension")["loss"]  # D = 2
+    np.testing.assert_allclose(scaled, third["first"] + third["second"] + 0.2 * third["third"])
     second, first = run(score_matching_order=2), run()
     np.testing.assert_allclose(second["loss"], second["first"] + second["second"])
     np.testing.assert_allclose(second["second"], third["second"])
@@ -581,7 +583,7 @@ def test_shares_of_the_terms_in_the_gradient(order):
         return jax.vmap(lambda x, t: score_one(params, x, t))
 
     config = training_config(score_matching_order=order, second_order_weight=0.5, third_order_weight=3.0)
-    weights = losses.term_weights(config)
+    weights = losses.term_weights(config, 2)
     assert weights == {"first": 1.0, "second": 0.5 * (order > 1), "third": 3.0 * (order > 2)}
     loss_fn = losses.get_loss_fn(config, SDES["vp"], score_fn_of_params)
     state = losses.TrainState(jnp.asarray(4), params, params, None, {}, jax.random.PRNGKey(0))
@@ -598,3 +600,38 @@ def test_shares_of_the_terms_in_the_gradient(order):
         shares_fn = losses.get_grad_shares_fn(loss_fn, weights, num_microbatches=parts)
         shares = jit(jax.vmap(shares_fn, axis_name="batch", in_axes=(None, 0)))(state, x0.reshape(devices, -1, 2))
         assert {name: float(share[0]) for name, share in shares.items()} == pytest.approx(truth, rel=1e-9)
+
+
+def test_gradients_of_the_orders_fall_with_the_dimension():
+    """At the exact score of N(0, I): the terms, and the spread of their derivatives along an error q_i = x_i^2 / 2.
+
+    The closed forms of docs/math.md. From D = 4 to 256 the spread falls as D^-1/2, D^-1/2 (trace) and D^-3/2.
+    """
+    sde, t, dims, spreads = SDES["vp"], 0.3, (4, 16, 64, 256), []
+    for dim in dims:
+        rng = np.random.default_rng(dim)
+        x0, z = jnp.asarray(rng.normal(size=(2, 40_000, dim)))
+        v, times = jnp.asarray(rng.choice([-1.0, 1.0], size=x0.shape)), jnp.full(len(x0), t)
+        alpha, sigma = float(sde.alpha(times)[0]), float(sde.sigma(times)[0])
+        a = alpha**2 / (alpha**2 + sigma**2)
+
+        @jit
+        def terms_and_slopes(x0, times, z, v):
+            def terms(size):
+                def score_fn(x, t):
+                    error = size * jnp.square(x) / 2
+                    return -x / (alpha**2 + sigma**2) + error / sigma  # noqa: B023
+
+                return losses.dsm_losses(sde, score_fn, x0, times, z, v, 3)
+
+            return jax.jvp(terms, (jnp.zeros(()),), (jnp.ones(()),))
+
+        values, slopes = terms_and_slopes(x0, times, z, v)
+        means = [a, 2 * a**2, a**2 * (1 + 1 / dim), a**3 * (2 + 4 / dim)]
+        np.testing.assert_allclose([value.mean() for value in values], means, rtol=0.05)
+        variances = [3 * a / dim, 8 * (a * sigma) ** 2 / dim, 8 * a**3 * sigma**4 * (dim + 2) / dim**4]
+        found = [slope.std() for slope in (slopes.first, slopes.second_trace, slopes.third)]
+        np.testing.assert_allclose(found, np.sqrt(variances), rtol=0.05)
+        spreads.append(found)
+    exponents = [np.polyfit(np.log(dims), np.log(spread), 1)[0] for spread in zip(*spreads, strict=True)]
+    np.testing.assert_allclose(exponents, [-0.5, -0.5, -1.5], atol=0.06)
