@@ -5,6 +5,7 @@ The notation is the paper's: x = alpha x0 + sigma z, s = s_theta(x, t), J = ds/d
 number of dimensions, c = z + sigma sg(s), sg the stop-gradient. A power of sigma keeps every loss O(1) at all t.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -346,6 +347,23 @@ def get_step_fn(
     return step_fn
 
 
+def get_term_gradients_fn(loss_fn: LossFn, weights: Mapping[str, float]) -> Callable[..., PyTree]:
+    """Makes the gradients of the terms' means, times their weights, with the arguments of `loss_fn`.
+
+    They have a leading axis of terms. One forward pass serves all.
+    """
+
+    def gradients(params, model_state, x0, index, key):
+        def means(params):
+            _, terms = loss_fn(params, model_state, x0, index, key)
+            return jnp.stack([weight * jnp.mean(terms[name]) for name, weight in weights.items()])
+
+        values, pull = jax.vjp(means, params)
+        return jax.lax.map(lambda direction: pull(direction)[0], jnp.eye(len(weights), dtype=values.dtype))
+
+    return gradients
+
+
 def get_grad_shares_fn(
     loss_fn: LossFn, weights: Mapping[str, float], axis_name: str | None = "batch", num_microbatches: int = 1
 ) -> Callable[[TrainState, Array], dict[str, Array]]:
@@ -355,21 +373,14 @@ def get_grad_shares_fn(
     global batch, with the draws of the state's next step.
     """
     weights = {name: weight for name, weight in weights.items() if weight}
+    gradients = get_term_gradients_fn(loss_fn, weights)
 
     def shares_fn(state, x0):
         device = jax.lax.axis_index(axis_name) if axis_name else 0
         index = device * x0.shape[0] + jnp.arange(x0.shape[0])
         key = jax.random.fold_in(state.key, state.step)
-
-        def gradients(x0, index):  # with a leading axis of terms
-            def means(params):
-                _, terms = loss_fn(params, state.model_state, x0, index, key)
-                return jnp.stack([weight * jnp.mean(terms[name]) for name, weight in weights.items()])
-
-            values, pull = jax.vjp(means, state.params)
-            return jax.lax.map(lambda direction: pull(direction)[0], jnp.eye(len(weights), dtype=values.dtype))
-
-        total = _mean_over_parts(gradients, num_microbatches, x0, index)
+        of_part = functools.partial(gradients, state.params, state.model_state, key=key)
+        total = _mean_over_parts(of_part, num_microbatches, x0, index)
         norms = jax.vmap(optax.tree.norm)(jax.lax.pmean(total, axis_name) if axis_name else total)
         return {f"grad_share/{name}": share for name, share in zip(weights, norms / jnp.sum(norms), strict=True)}
 
