@@ -4,8 +4,8 @@
 python -m reproduce.studies.shares RUN [RUN ...] [--batches 16] [--out assets/reproduce/shares.json]
 
 Each run is a folder of `--mode train`; its newest kept checkpoint is taken, and batches of its training split.
-`mean` is the norm of the gradient of the term's expectation, `spread` the root of the mean squared distance of a single
-example's gradient from it; both are estimated from batches and their differences, at weight 1. A batch of B has a norm of
+`mean` is the norm of the gradient of the term's expectation, `spread` the root of the mean squared distance of an
+example's gradient from it, both estimated from batches and their differences, at weight 1. A batch of B has a norm of
 sqrt(mean^2 + spread^2 / B), of which `share` is made.
 """
 
