@@ -66,9 +66,9 @@ def newest_npz(folder: Path, pattern: str, *required: str) -> tuple[Path, dict[s
 
 
 def load_npz(path: Path, *required: str) -> dict[str, np.ndarray]:
-    """Returns the arrays by name. UserError if the file cannot be read or lacks a required array."""
+    """Returns the arrays by name, in the file's order. UserError if it cannot be read or lacks a required array."""
     try:
         with path.open("rb") as file, np.load(file) as arrays:  # np.load leaves a damaged file open
-            return {name: arrays[name] for name in {*arrays.files, *required}}
+            return {name: arrays[name] for name in dict.fromkeys([*arrays.files, *required])}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path}: {error}") from error

@@ -24,6 +24,7 @@ from evaluators import dequantized as dequantizers
 from evaluators.context import Context, Split
 from evaluators.dequantized import create
 from likelihood import discrete_bound, ode_log_likelihood
+from report.run_files import newest_npz
 from runtime import records
 from runtime.devices import replicate
 from task import Task
@@ -313,6 +314,7 @@ def test_ledger_and_bound_of_the_levels(tmp_path):
     page = report.write_report(tmp_path).read_text()
     assert "Ledger: truncated normal 20" in page and "by noise" in page
     assert (tmp_path / "report" / "ledger.png").read_bytes().startswith(b"\x89PNG")
+    assert [*newest_npz(tmp_path / "eval", "ledger_*.npz")[1]] == [*names, "discrete_bound"]  # as the picture has them
 
 
 @pytest.mark.parametrize("levels", [17, 256])
