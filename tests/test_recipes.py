@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study of recipes: its runs have valid configs, and its table is that of made-up likelihoods."""
+"""The studies of recipes and orders: their runs have valid configs, and the table is that of made-up likelihoods."""
 
 import ast
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.common import config_of
 from configs.check import check_config
-from reproduce.studies import recipes
+from reproduce.studies import orders, recipes
 
 
 def value_of(text, default):
@@ -19,9 +19,10 @@ def value_of(text, default):
 
 @pytest.mark.parametrize("data", recipes.DATA)
 def test_runs_have_valid_configs(data):
-    runs = recipes.runs_of("recipes", data, 2)
-    assert len({run.folder for run in runs}) == len(runs) == 14
-    for run in runs[:7]:
+    of_recipes, of_orders = recipes.runs_of("recipes", data, 2), list(orders.runs_of(data, 2))
+    assert len({run.folder for run in of_recipes}) == len(of_recipes) == 14
+    assert {run.after.folder for run in of_orders} <= {run.folder for run in of_recipes}
+    for run in (*of_recipes[:7], *of_orders[: len(of_orders) // 2]):
         for _, overrides in run.evaluations:
             config = config_of(run.config)
             for key, _, text in (override.partition("=") for override in run.overrides + overrides):
