@@ -21,7 +21,7 @@ def value_of(text, default):
 def test_runs_have_valid_configs(data):
     of_recipes, of_orders = recipes.runs_of("recipes", data, 2), list(orders.runs_of(data, 2))
     assert len({run.folder for run in of_recipes}) == len(of_recipes) == 14
-    assert {run.after.folder for run in of_orders} <= {run.folder for run in of_recipes}
+    assert {run.after and run.after.folder for run in of_orders} <= {run.folder for run in of_recipes}
     for run in (*of_recipes[:7], *of_orders[: len(of_orders) // 2]):
         for _, overrides in run.evaluations:
             config = config_of(run.config)

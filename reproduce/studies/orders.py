@@ -31,6 +31,7 @@ def runs_of(data: str, seeds: int) -> Iterator[Run]:
     for base in recipes.runs_of("recipes", data, seeds):
         if base.variant not in BASES:
             continue
+        variants: dict[str, tuple[int, int, tuple[str, ...]]]
         variants = {f"order{n}_{base.variant}": (n, STEPS, ()) for n in (1, 2, 3)}
         if base.variant in SCALED:
             variants[f"order1_{base.variant}_time"] = 1, STEPS_OF_EQUAL_TIME, ()
