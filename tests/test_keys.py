@@ -107,7 +107,7 @@ def runs():
     variational = of("eval", "gaussian_baseline") | of("deq", "ckpt_id network")
     both = SAMPLER | ODE | of("sampling", "corrector predictor")
     return [
-        (run_lib.train, points(), VE | POINTS | TRAIN | SAMPLER | ODE | SECOND | THIRD),
+        (run_lib.train, points(), VE | POINTS | TRAIN | SAMPLER | ODE | SECOND | THIRD | of("eval", "dequantization")),
         (run_lib.train, images(), VP | IMAGES | TRAIN | SECOND | of("data", "random_flip")),
         (run_lib.evaluate, of_points, VE | POINTS | LOSS | SECOND | THIRD | EVAL | RK45 | BOUND | both | fisher),
         (run_lib.evaluate, pc, VP | IMAGES | EVAL | SAMPLER | PC | of_pc),
