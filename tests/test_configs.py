@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thirteen configs of the public code: values, parameter trees, and that nothing else slips in."""
+"""The configs: of the public code, values, parameter trees, and that nothing else slips in; those for bits/dim."""
 
 import importlib
 import json
@@ -64,3 +64,13 @@ def test_configs_that_are_not_traced_have_the_model_of_one_that_is():
         model = create_model(config).clone(dropout=create_model(traced).dropout)
         assert model == create_model(traced)
         assert config.data.image_size == traced.data.image_size
+
+
+@pytest.mark.parametrize(("name", "millions"), [("cifar10", 61.8), ("imagenet32", 61.8), ("cifar10_vdm", 30.6)])
+def test_recipes_for_full_size_data_are_valid(name, millions):
+    """Their networks are those of the public configs, or VDM's, by the number of parameters."""
+    config = get_config(f"ml/{name}")
+    check_config(config)
+    x = jnp.zeros((1, 32, 32, 3))
+    params = jax.eval_shape(create_model(config).init, jax.random.key(0), x, jnp.ones(1))["params"]
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) / 1e6 == pytest.approx(millions, abs=0.05)
