@@ -16,7 +16,7 @@ from task import Task
 CANNOT_MATTER = (
     *("batch_size", "num_microbatches", "n_iters", "n_jitted_steps", "matmul_precision", "max_bad_steps"),
     *("log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption", "snapshot_minutes_for_preemption"),
-    *("snapshot_sampling", "init_from", "init_optimizer", "wandb_project", "antithetic_times"),
+    *("snapshot_sampling", "init_from", "init_optimizer", "wandb_project", "antithetic_times", "grad_shares"),
 )
 
 
