@@ -32,7 +32,7 @@ LEVELS = ("data.uniform_dequantization=False", "eval.dequantization=truncated_no
 VE_VELOCITY = ("model.parameterization=velocity", "model.scale_by_sigma=False")
 PUBLIC = ("vp", "vp_weighted", "ve")
 RADIANS = {f"ml_vp_{scale}": (f"model.log_snr_scale={scale}",) for scale in (1.0, 16.0, 64.0)}
-LOG_SNR_MAX = {"digits": ("model.log_snr_max=7.8",)}  # where the levels are 3 noises apart, as 13.3 has it for 256
+LOG_SNR_MAX = {"digits": ("model.log_snr_max=7.8",)}  # half a level is 3 noises, as at 13.3 for 256
 DATA = {  # name: config files of VP, VE and the recipe for bits/dim, and what all three change
     "digits": ("configs/digits/vp_ddpmpp.py", "configs/digits/ve_ncsnpp.py", "configs/ml/digits.py", ()),
     "patches": ("configs/patches/vp_ddpmpp.py", "configs/patches/ve_ncsnpp.py", "configs/ml/patches.py", ()),
