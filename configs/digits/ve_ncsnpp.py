@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""8x8 digits of 17 levels, VE SDE, NCSN++: 1.894 ± 0.015 bits/dim."""
+"""8x8 digits of 17 levels, VE SDE, NCSN++: 1.894 ± 0.015 bits/dim, 1.946 ± 0.013 over three other seeds."""
 
 from configs.default_digits_configs import get_digits_configs
 
