@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "training.smallest_time": TIME,
     "training.batch_size": at_least(1),
     "training.num_microbatches": at_least(1),
+    "training.device_memory_gib": at_least(0),
     "training.n_iters": at_least(1),
     "training.n_jitted_steps": at_least(1),
     "training.third_order_scaling": choice("none", "dimension"),

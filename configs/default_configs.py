@@ -29,6 +29,7 @@ def get_default_configs() -> ConfigDict:
     training.smallest_time = 1e-5
     training.batch_size = 128
     training.num_microbatches = 1  # splits a device's batch to save memory; the gradients are the same
+    training.device_memory_gib = 0.0  # a step that takes more is refused; 0: what the back end tells, if it does
     training.n_iters = 1_000_001
     training.n_jitted_steps = 1
     training.log_freq = 100

@@ -21,7 +21,7 @@ _FIXED = (
     "data.dim",
 )
 _FREE_OF_MODEL = ("model.ema_rate", "model.dropout", "model.remat", "model.dtype")
-BY_MACHINE = ("data.dir", "training.wandb_project")
+BY_MACHINE = ("data.dir", "training.device_memory_gib", "training.wandb_project")
 
 
 def check_resumed(config: Any, saved: dict[str, Any], where: Any, fixed_too: tuple[str, ...] = ()) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays between the host and the devices of a pmap."""
+"""Arrays between the host and the devices of a pmap, and the memory of a device."""
 
 import hashlib
+import math
 
 import jax
 import numpy as np
@@ -36,6 +37,12 @@ def on_this_host(x: jax.Array) -> np.ndarray:
 def shard(x: np.ndarray) -> np.ndarray:
     """Splits this host's batch [B, ...] over its devices: [local devices, B / local devices, ...]."""
     return x.reshape(jax.local_device_count(), -1, *x.shape[1:])
+
+
+def memory_limit(gib: float) -> float:
+    """Bytes of a device for programs: `gib` GiB, or for 0 what the back end tells, infinity if it does not."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return gib * 2**30 if gib else stats.get("bytes_limit", math.inf)
 
 
 def digest(tree) -> str:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -115,13 +115,27 @@ def log_table(title: str, rows: Mapping[str, str], more: Sequence[str] = ()) -> 
     logging.info("%s", "\n".join([title, *lines, *more]))
 
 
-def program_memory(stats: Any) -> str:
-    """Formats a compiled program's `memory_analysis()`: what it holds of a device at once, '' if unknown."""
+class Memory(NamedTuple):
+    """Bytes of a device that a program takes at once."""
+
+    held: int  # arguments and results
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.held + self.temporary
+
+    def __str__(self) -> str:
+        parts = f"{size(self.held)} state and batch, {size(self.temporary)} intermediates"
+        return f"{size(self.total)} a device ({parts})"
+
+
+def program_memory(stats: Any) -> Memory | None:
+    """What a compiled program's `memory_analysis()` tells, None if that is nothing."""
     if stats is None:
-        return ""
+        return None
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temporary = stats.temp_size_in_bytes
-    return f"{size(held + temporary)} a device ({size(held)} state and batch, {size(temporary)} intermediates)"
+    return Memory(held, stats.temp_size_in_bytes)
 
 
 def size(n: float | int) -> str:

@@ -26,7 +26,7 @@ from configs.check import flatten
 from configs.resume import BY_MACHINE
 from errors import UserError
 from runtime import hosts, launch
-from runtime.devices import all_devices, digest, first, on_this_host, replicate, shard
+from runtime.devices import all_devices, digest, first, memory_limit, on_this_host, replicate, shard
 from runtime.records import MetricsLog, Pending
 from runtime.trackers import open_trackers
 from task import Config, Task
@@ -83,16 +83,35 @@ def check_hosts(config: Config, digest_of_arrays: str) -> None:
     hosts.check_same(f"{common} {digest_of_arrays}")
 
 
-def compiled(p_step: Any, *args: Any) -> Any:
-    """The pmapped step, compiled for arguments of these shapes. Logs its compile time and the memory it needs."""
+def compiled(step_of: Callable[[int], Any], parts: int, batch: int, limit: float, *args: Any) -> Any:
+    """The pmapped step `step_of(parts)` in `parts` micro-batches, compiled for arguments of these shapes.
+
+    Logs its compile time and the memory it needs. If that is more than `limit` bytes of a device, raises UserError
+    with the number of micro-batches that fits, a divisor of the device's `batch`, found by compiling.
+    """
     if jax.process_count() > 1:  # only the pmap itself joins the hosts' arrays
-        return p_step
+        return step_of(parts)
+    program, memory = _compiled(step_of(parts), args)
+    if memory is None or memory.total <= limit:
+        return program
+    found = "no training.num_microbatches makes it fit: try model.remat, a smaller batch or network, or more devices"
+    for count in (count for count in range(parts + 1, batch + 1) if batch % count == 0):
+        if memory.held + memory.temporary * parts / count > limit:
+            continue
+        _, smaller = _compiled(step_of(count), args)
+        if smaller and smaller.total <= limit:
+            found = f"with --config.training.num_microbatches={count}, and the same gradients, it takes {smaller}"
+            break
+    raise UserError(f"the training step takes {memory}, which has {launch.size(limit)}; {found}")
+
+
+def _compiled(p_step: Any, args: tuple) -> tuple[Any, launch.Memory | None]:
     logging.info("compiling the training step; minutes for a large network or an order above 1")
     start = time.monotonic()
     program = p_step.lower(*args).compile()
     seconds, memory = time.monotonic() - start, launch.program_memory(program.memory_analysis())
     logging.info("compiled in %.1f s%s", seconds, f"; it needs {memory}" if memory else "")
-    return program
+    return program, memory
 
 
 class _Loop:
@@ -102,7 +121,7 @@ class _Loop:
         self.step = int(job.state.step)
         self.state, self.frozen = replicate(job.state), replicate(job.frozen)
         self.is_writer = jax.process_index() == 0
-        self.p_step, self.eval_fn, self.shares_fn = _pmapped_steps(job), _eval_fn(job), _pmapped_shares(job)
+        self.eval_fn, self.shares_fn = _eval_fn(job), _pmapped_shares(job)
         self.loader = datasets.train_loader(
             job.task.dataset,
             job.data_config,
@@ -129,7 +148,7 @@ class _Loop:
             if self.step >= job.n_iters:
                 break
             if x.shape not in programs:  # the first call after a resume may be shorter
-                programs[x.shape] = compiled(self.p_step, self.state, x, self.frozen)
+                programs[x.shape] = self._compiled(x)
             clock = clock or _Clock(self.step)
             self.state, metrics = programs[x.shape](self.state, x, self.frozen)
             self.step += len(index)
@@ -158,6 +177,11 @@ class _Loop:
 
     def close(self) -> None:
         self.log.close()
+
+    def _compiled(self, x: np.ndarray) -> Any:
+        limit = memory_limit(self.training.device_memory_gib)
+        step_of = functools.partial(_pmapped_steps, self.job)
+        return compiled(step_of, self.training.num_microbatches, x.shape[2], limit, self.state, x, self.frozen)
 
     def _snapshot(self, per_example: dict[str, np.ndarray]) -> None:
         """Saves a kept checkpoint, histograms of the losses of the first host's test examples, and samples."""
@@ -220,13 +244,15 @@ class _Loop:
         return checkpoints.save(directory, first(self.state), number, record, keep)
 
 
-def _pmapped_steps(job: Job) -> Any:
-    """n steps as a pmap: (state, x [devices, n, B / devices, ...], frozen) -> (state, metrics [devices, n])."""
+def _pmapped_steps(job: Job, parts: int) -> Any:
+    """n steps as a pmap: (state, x [devices, n, B / devices, ...], frozen) -> (state, metrics [devices, n]).
+
+    Each takes its batch in `parts` micro-batches.
+    """
     training, optimizer = job.task.config.training, job.task.optimizer
 
     @functools.partial(jax.pmap, axis_name="batch", donate_argnums=0, devices=all_devices())
     def steps(state, x, frozen):
-        parts = training.num_microbatches
         step_fn = losses.get_step_fn(job.loss_fn_of(frozen), optimizer, job.ema_rate, num_microbatches=parts)
         with jax.default_matmul_precision(training.matmul_precision):
             return jax.lax.scan(step_fn, state, x)

@@ -38,7 +38,7 @@ LOOP |= of("training", "snapshot_minutes_for_preemption wandb_project")
 TRAIN = (
     LOSS
     | LOOP
-    | of("training", "antithetic_times grad_shares n_iters init_from snapshot_sampling")
+    | of("training", "antithetic_times device_memory_gib grad_shares n_iters init_from snapshot_sampling")
     | of("model", "ema_rate")
 )
 SAMPLER = of("sampling", "method smallest_time noise_removal")

@@ -4,6 +4,8 @@ trackers."""
 
 import io
 import json
+import math
+import re
 import subprocess
 import sys
 import types
@@ -364,13 +366,37 @@ def test_the_step_is_compiled_once_and_tells_its_memory(caplog):
     state = jax.pmap(lambda x: x)({"w": np.zeros((1, 25_000), np.float32)})
     x = np.ones((1, 6_000), np.float32)
     with caplog.at_level("INFO", logger="absl"):
-        program = loop.compiled(jax.pmap(step, donate_argnums=0), state, x, ())
+        program = loop.compiled(lambda _: jax.pmap(step, donate_argnums=0), 1, 1, math.inf, state, x, ())
     for _ in range(3):
         state, _ = program(state, x, ())
     assert len(traces) == 1
     np.testing.assert_allclose(state["w"], 18_000.0)
     # 100,000 bytes of the state, whose memory the result takes over, 24,000 of x and 4 of the loss
     assert f"({124_004 / 1024:.3g} KiB state and batch" in caplog.text and "compiled in" in caplog.text
+
+
+def test_a_step_that_is_too_large_is_one_line_with_the_micro_batches_that_fit(tmp_path, caplog):
+    def memory_of(parts):
+        with caplog.at_level("INFO", logger="absl"):
+            caplog.clear()
+            run_lib.train(trained(parts), tmp_path / f"{parts}")
+        number, unit = re.search(r"it needs ([\d.]+) (KiB|MiB) a device", caplog.text).groups()
+        return float(number) / {"KiB": 2**20, "MiB": 2**10}[unit]
+
+    def trained(parts, gib=0.0):
+        few = {"snapshot_sampling": False, "num_microbatches": parts, "device_memory_gib": gib, "n_iters": 4}
+        return tiny_mixture(score_matching_order=1, batch_size=4096, **few)
+
+    whole, half = memory_of(1), memory_of(2)
+    between = (whole + half) / 2
+    assert half < 0.8 * whole
+    with pytest.raises(UserError, match=r"takes .* a device.*--config\.training\.num_microbatches=2, and") as error:
+        run_lib.train(trained(1, between), tmp_path / "refused")
+    assert "\n" not in str(error.value) and not lines(tmp_path / "refused")
+    run_lib.train(trained(2, between), tmp_path / "refused")
+    assert lines(tmp_path / "refused")
+    with pytest.raises(UserError, match=r"which has 1 KiB; no training\.num_microbatches makes it fit"):
+        run_lib.train(trained(1, 2.0**-20), tmp_path / "hopeless")
 
 
 def test_time_left_is_by_the_mean_pace(monkeypatch):
