@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of the benchmarks, `make bench`, or a part of them by name: some three hours on 2 idle cores.
+"""All of the benchmarks, `make bench`, or a part of them by name: some four hours on 2 idle cores.
 
 python -m benchmarks [--only step,memory] [--workdir runs/bench]
 
@@ -41,6 +41,7 @@ COMMANDS = {  # name: module of this package, flags, and the networks that are m
     "likelihood_random": ("likelihood", ("--ends", "--repeats=1"), ()),
     "precision": ("precision", (), ("digits_ve",)),
     "memory": ("memory", (), ()),
+    "full_size": ("full_size", (), ()),
 }
 
 

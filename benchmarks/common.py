@@ -26,7 +26,17 @@ class Program(NamedTuple):
 
     run: Any  # jax.stages.Compiled
     args: tuple
-    compile_s: float
+    trace_s: float  # to trace and lower it
+    xla_s: float  # to compile what that gives
+
+    @property
+    def compile_s(self) -> float:
+        return self.trace_s + self.xla_s
+
+    @property
+    def argument_mb(self) -> float:
+        """Memory of the arguments."""
+        return self.run.memory_analysis().argument_size_in_bytes / 1e6
 
     @property
     def scratch_mb(self) -> float:
@@ -62,8 +72,10 @@ def config_of(path: str) -> Any:
 def compiled(fun: Callable, *args: Any, **options: Any) -> Program:
     """`fun` compiled for the arguments; options: of the compiler."""
     start = time.perf_counter()
-    run = jax.jit(fun).lower(*args).compile(compiler_options=options or None)
-    return Program(run, args, time.perf_counter() - start)
+    lowered = jax.jit(fun).lower(*args)
+    traced = time.perf_counter()
+    run = lowered.compile(compiler_options=options or None)
+    return Program(run, args, traced - start, time.perf_counter() - traced)
 
 
 def loss_fn_of(config: Any) -> losses.LossFn:
@@ -85,14 +97,23 @@ def images(config: Any, batch: int) -> jax.Array:
 def train_step(
     config: Any, batch: int, num_microbatches: int = 1, loss_fn: Any = None, x0: Any = None, **options: Any
 ) -> Program:
-    """One optimiser step (state, x0) -> (state, metrics); x0: in place of `images`; options: the compiler's."""
+    """One optimiser step (state, x0) -> (state, metrics); x0: in place of `images`; options: the compiler's.
+
+    With x0 a `jax.ShapeDtypeStruct` nothing is allocated.
+    """
     x0 = images(config, batch) if x0 is None else x0
     optimizer = losses.get_optimizer(config.optim)
-    params, model_state = models.init_params(models.create_model(config), jax.random.PRNGKey(0), x0.shape)
+
+    def fresh(key):
+        params, model_state = models.init_params(models.create_model(config), key, x0.shape)
+        return new_state(params, model_state, optimizer, jax.random.PRNGKey(2))
+
+    abstract = isinstance(x0, jax.ShapeDtypeStruct)
+    state = jax.eval_shape(fresh, jax.random.PRNGKey(0)) if abstract else fresh(jax.random.PRNGKey(0))
     step_fn = losses.get_step_fn(
         loss_fn or loss_fn_of(config), optimizer, config.model.ema_rate, None, num_microbatches=num_microbatches
     )
-    return compiled(step_fn, new_state(params, model_state, optimizer, jax.random.PRNGKey(2)), x0, **options)
+    return compiled(step_fn, state, x0, **options)
 
 
 def seconds(programs: dict[Any, Program], repeats: int = 5) -> dict[Any, float]:

@@ -6,9 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from benchmarks import full_size
 from errors import UserError
 from reproduce import runner
 
@@ -52,6 +54,35 @@ def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         benchmarks.main()
     assert "no benchmark speed; there are step, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory_of_microbatches_follows_the_law(tmp_path, monkeypatch):
+    config, out = "configs/digits/vp_ddpmpp.py", tmp_path / "rows.json"
+    flags = ["", f"--config={config}", "--orders=2", "--microbatches=2,4,8", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", flags)
+    full_size.main()
+    rows = json.loads(out.read_text())
+    of_2, of_4, of_8 = (rows[f"{config} order 2 in {count}"]["intermediates_gb"] for count in (2, 4, 8))
+    np.testing.assert_allclose(full_size.in_parts(of_2, of_8, 4), of_4, rtol=0.03)
+
+
+def test_the_tables_of_full_size_tell_what_fits_and_what_was_not_measured(tmp_path, monkeypatch, capsys):
+    def row(intermediates):
+        return {"batch": 128, "parameters": 62_000_000, "trace_s": 5.0, "compile_s": 20.0, "tflop": 8.01} | {
+            "intermediates_gb": intermediates,
+            "arguments_gb": 1.0,
+        }
+
+    rows = {f"configs/a.py order 1 in {count}": row(gb) for count, gb in {1: 22.0, 2: 9.0, 8: 2.6}.items()}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(sys, "argv", ["", "--config=configs/a.py", "--table", f"--out={tmp_path / 'rows.json'}"])
+    full_size.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| `a` | 1 | 62.0 M | 5, 20 | 8.0 | 1.00 | 22.0 | 9.0 | 4.7 | 2.6 |"
+    assert lines[3] == "| `a` | 2 |" + " not measured |" * 8
+    assert "| `a`, 128 | 1 | 2 | 2 | 1 | 1 |" in lines  # 14.4 - 1, 21.6 - 1, 36 - 1 and 72 - 1 GB are free
+    assert {line.count("|") for line in lines[:5]} == {11} and {line.count("|") for line in lines[6:]} == {7}
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
