@@ -42,6 +42,7 @@ COMMANDS = {  # name: module of this package, flags, and the networks that are m
     "precision": ("precision", (), ("digits_ve",)),
     "memory": ("memory", (), ()),
     "full_size": ("full_size", (), ()),
+    "accelerator": ("accelerator", ("--only=machine",), ()),
 }
 
 

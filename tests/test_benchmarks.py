@@ -6,11 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import full_size
+from benchmarks import accelerator, full_size
 from errors import UserError
 from reproduce import runner
 
@@ -83,6 +84,42 @@ def test_the_tables_of_full_size_tell_what_fits_and_what_was_not_measured(tmp_pa
     assert lines[3] == "| `a` | 2 |" + " not measured |" * 8
     assert "| `a`, 128 | 1 | 2 | 2 | 1 | 1 |" in lines  # 14.4 - 1, 21.6 - 1, 36 - 1 and 72 - 1 GB are free
     assert {line.count("|") for line in lines[:5]} == {11} and {line.count("|") for line in lines[6:]} == {7}
+
+
+def test_the_accelerators_script_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    def run(minutes):
+        flags = ["", "--only=machine", f"--minutes={minutes}", f"--out={tmp_path}", "--tiny", "--json"]
+        monkeypatch.setattr(sys, "argv", flags)
+        accelerator.main()
+        return capsys.readouterr().out.splitlines()
+
+    result = tmp_path / "machine.json"
+    assert "0 minutes are over; run again for machine" in run(0)[0] and not result.exists()
+    result.write_text('{"error": "no card"}')
+    assert run(5)[0].startswith("machine: {") and json.loads(result.read_text())["jax"] == jax.__version__
+    written = result.stat().st_mtime_ns
+    assert len(run(5)) == 1 and result.stat().st_mtime_ns == written
+
+
+def test_a_part_that_takes_too_long_is_an_error_in_its_file(tmp_path):
+    accelerator._run("machine", 0.01, tmp_path / "machine.json", tiny=True)
+    assert json.loads((tmp_path / "machine.json").read_text())["error"] == "not done in 0 s"
+
+
+def test_the_tests_for_an_accelerator_exist():
+    for node in accelerator.TESTS:
+        path, _, name = node.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tests", "step_vp_order1_default", "likelihood_adams", "samples_ve_pc"])
+def test_a_part_of_the_accelerators_script(name, tmp_path):
+    accelerator._run(name, 300, tmp_path / "part.json", tiny=True)
+    result = json.loads((tmp_path / "part.json").read_text())
+    assert "error" not in result
+    for rate in ("images_a_second", "seconds_a_step", "evaluations"):
+        assert result.get(rate, 1) > 0
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
