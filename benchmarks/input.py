@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long the training loop waits for data: prefetched by threads, as it is, against made when asked for.
 
-python -m benchmarks.input [--json] [--steps 30]
+python -m benchmarks.input [--json] [--steps 30 | --only_large]
 
 The digits with their config, Fashion-MNIST with its own, and 50,000 random 32x32x3 images with the digits' network,
 batch 128 (Fashion-MNIST: 64): so many steps with two calls in flight, as in `loop.py`. The share is the time inside
 `next` over the whole, the first batch not counted. A step on an accelerator is shorter than here, so the loader's own
-speed, in images a second of one thread, is printed too.
+speed, in images a second of one thread, is printed too. Last come batches of 1,024 of the random images, those
+of a node of eight accelerators, by one thread and by the threads of training.
 """
 
 import collections
@@ -71,10 +72,24 @@ def images_a_second(loader, batch: int, batches: int = 20) -> float:
     return batch * batches / (time.perf_counter() - start)
 
 
+def large(batch: int = 1024) -> dict[str, float]:
+    """Images a second of one host in batches of a node's size, more of them than the threads have made in advance."""
+    config, dataset = synthetic()
+    config.training.batch_size = batch
+    threads, one = (images_a_second(loader_of(config, dataset, prefetch), batch, 60) for prefetch in (True, False))
+    return {"images_a_second": threads, "ms_a_batch": 1e3 * batch / threads, "images_a_second_one_thread": one}
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only_large", action="store_true", help="only the batches of 1,024")
     args = parser.parse_args()
+    of_1024 = large()
+    print(f"batches of 1,024: {of_1024}", flush=True)
+    if args.only_large:
+        common.report({"batches of 1,024": of_1024}, args.json)
+        return
     rows = {}
     for name, (config, dataset) in problems().items():
         batch = config.training.batch_size
@@ -88,7 +103,7 @@ def main() -> None:
             f"{name}: waits {prefetched:.2%} of the time, made in line {in_line:.2%}; {speed:.0f} images/s", flush=True
         )
     ratio = max(row["waiting"] for row in rows.values()) / max(row["waiting_in_line"] for row in rows.values())
-    common.report({"rows": rows, "ratio of the largest": ratio}, args.json)
+    common.report({"rows": rows, "batches of 1,024": of_1024, "ratio of the largest": ratio}, args.json)
 
 
 if __name__ == "__main__":

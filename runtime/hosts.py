@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import urllib.request
 from types import FrameType
 from typing import Any
 
@@ -50,20 +51,44 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
         raise UserError(f"several hosts need {', '.join(names)}: {' and '.join(missing)} missing")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id} must be in 0 .. --num_processes - 1 = {num_processes - 1}")
-    slurm = "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    scheduled = slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    tasks, nodes = os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("SLURM_STEP_NUM_NODES")
+    slurm = "SLURM_JOB_ID" in os.environ and int(tasks) > 1
+    scheduled = slurm or "," in _tpu_workers()
     if num_processes == 1 or (missing and not scheduled):
         return
     # Else a process may run two programs at once on the CPU, whose sums over the hosts meet the wrong partners.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        timeouts: dict[str, Any] = {"initialization_timeout": 120, "heartbeat_timeout_seconds": HEARTBEAT_S}
-        jax.distributed.initialize(coordinator_address, num_processes, process_id, **timeouts)
+        options: dict[str, Any] = {"initialization_timeout": 120, "heartbeat_timeout_seconds": HEARTBEAT_S}
+        if tasks == nodes and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+            options["local_device_ids"] = []  # of its node all: under SLURM JAX would give each task one device
+        jax.distributed.initialize(coordinator_address, num_processes, process_id, **options)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         where = coordinator_address or "the scheduler's coordinator"
         raise UserError(f"the other hosts of this run cannot be reached through {where}: {reason}") from error
     ctypes.CDLL(None).signal(signal.SIGABRT, _ON_ABORT)
+
+
+def _tpu_workers() -> str:
+    """The hosts of this TPU slice, with commas between them; '' where there is no TPU.
+
+    GKE names them in the environment, and a TPU VM of Google Cloud asks its metadata server.
+    """
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if name in os.environ:
+            return os.environ[name]
+    if "TPU_SKIP_MDS_QUERY" in os.environ:  # set by JAX on a machine without a TPU
+        return ""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=10
+        ) as page:
+            return page.read().decode()
+    except OSError:
+        return ""
 
 
 def number_of_first(number: int) -> int:

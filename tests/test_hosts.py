@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two real processes on 127.0.0.1 as two hosts, and several devices in one, against one process with one device."""
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 
 import jax
 import numpy as np
@@ -173,6 +176,71 @@ def test_hosts_that_read_different_parameters_end_with_one_line(tmp_path):
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 1
         assert "error: process 1 of this run has config or parameters other than the first's" in output.splitlines()[-1]
+
+
+UNDER_SLURM = """
+import jax
+from runtime import hosts
+hosts.initialize(None, None, None)
+print(jax.process_count(), jax.config.values["jax_cuda_visible_devices"])
+"""
+
+
+@pytest.mark.parametrize(("nodes", "devices"), [(2, ["2 all", "2 all"]), (1, ["2 0", "2 1"])])
+def test_a_slurm_task_has_all_devices_of_a_node_that_it_has_alone(nodes, devices):
+    def start(task):
+        job = {"JOB_ID": 1, "STEP_NODELIST": "127.0.0.1", "STEP_NUM_NODES": nodes, "NTASKS": 2, "STEP_NUM_TASKS": 2}
+        job |= {"PROCID": task, "LOCALID": task % (2 // nodes)}
+        slurm = {f"SLURM_{name}": str(value) for name, value in job.items()}
+        return subprocess.Popen(
+            [sys.executable, "-c", UNDER_SLURM],
+            cwd=ROOT,
+            env={**ENVIRONMENT, **slurm, "JAX_COORDINATOR_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    port = str(free_port())
+    tasks = [start(0), start(1)]
+    assert [task.communicate(timeout=100)[0].strip().splitlines()[-1] for task in tasks] == devices
+
+
+ON_A_TPU_VM = """
+import os
+import jax
+from runtime import hosts
+del os.environ["TPU_SKIP_MDS_QUERY"]  # JAX sets it where it finds no TPU
+calls = []
+jax.distributed.initialize = lambda *args, **options: calls.append(args)
+hosts.initialize(None, None, None)
+print(calls)
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "calls"), [("10.0.0.1,10.0.0.2", "[(None, None, None)]"), ("10.0.0.1", "[]"), (None, "[]")]
+)
+def test_a_tpu_vm_asks_google_for_the_other_hosts_of_its_slice(workers, calls):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path.endswith("/instance/attributes/worker-network-endpoints") and workers is not None
+            self.send_response(200 if known and self.headers["Metadata-Flavor"] == "Google" else 404)
+            self.end_headers()
+            self.wfile.write((workers or "").encode())
+
+        def log_message(self, *_):
+            """Says nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        environment = {**ENVIRONMENT, "GCE_METADATA_IP": address}
+        done = subprocess.run(
+            [sys.executable, "-c", ON_A_TPU_VM], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        server.shutdown()
+    assert done.stdout.strip() == calls, done.stderr
 
 
 def test_a_save_is_due_by_the_clock_of_the_first_host(monkeypatch):
