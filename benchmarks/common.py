@@ -69,10 +69,10 @@ def config_of(path: str) -> Any:
     return module.get_config()
 
 
-def compiled(fun: Callable, *args: Any, **options: Any) -> Program:
-    """`fun` compiled for the arguments; options: of the compiler."""
+def compiled(fun: Callable, *args: Any, donate: tuple[int, ...] = (), **options: Any) -> Program:
+    """`fun` compiled for the arguments, of which it may overwrite those of `donate`; options: of the compiler."""
     start = time.perf_counter()
-    lowered = jax.jit(fun).lower(*args)
+    lowered = jax.jit(fun, donate_argnums=donate).lower(*args)
     traced = time.perf_counter()
     run = lowered.compile(compiler_options=options or None)
     return Program(run, args, traced - start, time.perf_counter() - traced)
@@ -99,7 +99,7 @@ def train_step(
 ) -> Program:
     """One optimiser step (state, x0) -> (state, metrics); x0: in place of `images`; options: the compiler's.
 
-    With x0 a `jax.ShapeDtypeStruct` nothing is allocated.
+    With x0 a `jax.ShapeDtypeStruct` nothing is allocated, and the step overwrites the state, as in training.
     """
     x0 = images(config, batch) if x0 is None else x0
     optimizer = losses.get_optimizer(config.optim)
@@ -113,7 +113,7 @@ def train_step(
     step_fn = losses.get_step_fn(
         loss_fn or loss_fn_of(config), optimizer, config.model.ema_rate, None, num_microbatches=num_microbatches
     )
-    return compiled(step_fn, state, x0, **options)
+    return compiled(step_fn, state, x0, donate=(0,) if abstract else (), **options)
 
 
 def seconds(programs: dict[Any, Program], repeats: int = 5) -> dict[Any, float]:
