@@ -6,6 +6,7 @@ import functools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.check import flatten
@@ -54,6 +55,20 @@ def spans(text):
 def commands(text):
     """The commands with main.py, continued lines joined."""
     return [line for line in text.replace("\\\n", " ").splitlines() if "main.py" in line]
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 180 and len(text.split()) <= 1700
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    exec(example, names := {})
+    assert {term.shape for term in names["losses_of_x"]} == {(8,)} and names["bits_per_dim"].shape == (8,)
+    # of Gaussian pixels of deviation 0.5, of which one of 256 levels takes 2 / 256
+    expected = np.mean(np.log2(0.5 * np.sqrt(2 * np.pi)) + np.square(names["x"]) / 0.5 / np.log(2)) + 7
+    np.testing.assert_allclose(np.mean(names["bits_per_dim"]), expected, atol=0.02)
 
 
 @pytest.mark.parametrize("path", named(DOCS))
