@@ -33,6 +33,7 @@ VE_VELOCITY = ("model.parameterization=velocity", "model.scale_by_sigma=False")
 PUBLIC = ("vp", "vp_weighted", "ve")
 RADIANS = {f"ml_vp_{scale}": (f"model.log_snr_scale={scale}",) for scale in (1.0, 16.0, 64.0)}
 LOG_SNR_MAX = {"digits": ("model.log_snr_max=7.8",)}  # half a level is 3 noises, as at 13.3 for 256
+FOURIER = {"digits": "model.input_frequencies=(2, 3)"}  # the last turns once from level to level, as 7 does for 256
 DATA = {  # name: config files of VP, VE and the recipe for bits/dim, and what all three change
     "digits": ("configs/digits/vp_ddpmpp.py", "configs/digits/ve_ncsnpp.py", "configs/ml/digits.py", ()),
     "patches": ("configs/patches/vp_ddpmpp.py", "configs/patches/ve_ncsnpp.py", "configs/ml/patches.py", ()),
@@ -46,15 +47,17 @@ DATA = {  # name: config files of VP, VE and the recipe for bits/dim, and what a
 
 
 def runs_of(study: str, data: str, seeds: int) -> list[Run]:
-    """The runs of one data set for each seed: seven recipes, or that for bits/dim with four numbers of radians."""
+    """The runs of one data set for each seed: eight recipes, or that for bits/dim with four numbers of radians."""
     vp, ve, ml, common = DATA[data]
+    levels = (*LEVELS, *LOG_SNR_MAX.get(data, ()))
     recipes = {
         "vp": (vp, PLAIN),
         "vp_weighted": (vp, WEIGHTED),
         "ve": (ve, ()),
         "ve_velocity": (ve, VE_VELOCITY),
         "ml_vp": (ml, ()),
-        "ml_vp_levels": (ml, (*LEVELS, *LOG_SNR_MAX.get(data, ()))),
+        "ml_vp_levels": (ml, levels),
+        "ml_vp_levels_fourier": (ml, (*levels, FOURIER.get(data, "model.input_frequencies=(6, 7)"))),
         "ml_straight": (ml, ("training.sde=straight",)),
     }
     radians = {"ml_vp": (ml, ()), **{name: (ml, overrides) for name, overrides in RADIANS.items()}}
