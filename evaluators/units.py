@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Units of work of an evaluation. Each is computed once, by one of the hosts, and written whole or not at all."""
 
+import datetime
 import hashlib
 import json
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,10 +67,13 @@ class Units(Sequence[dict[str, np.ndarray]]):
         if todo and len(todo) < len(mine):
             there = len(mine) - len(todo)
             logging.info("%s: %d of this host's %d units were there already", label or self._name, there, len(mine))
+        start = time.monotonic()
         for done, k in enumerate(todo, 1):
             write_npz(self._path(k), **compute(k))
             if label and (done == len(todo) or done % max(1, len(todo) // 10) == 0):
-                logging.info("%s: %d of %d", label, done, len(todo))
+                seconds = (len(todo) - done) * (time.monotonic() - start) / done
+                left = f"  ETA {datetime.timedelta(seconds=round(seconds))}" if done < len(todo) else ""
+                logging.info("%s: %d of %d%s", label, done, len(todo), left)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(str(self._folder))
         for k in range(count):

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs commands unless they are done, and lists of runs several at a time."""
 
+import contextlib
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from errors import UserError
+
+TELL_S = 15.0
+# of a training, "step 300/1800  loss 0.31 ... ETA 0:02:00", or of an evaluation, "sampling: 1 of 4  ETA 0:00:30"
+PROGRESS = re.compile(r"^[\d:]{8} ((?:step |[\w ,]+: )(?P<done>\d+)(?:/| of )(?P<total>\d+)(?P<what>.*))", re.M)
 
 
 class Run(NamedTuple):
@@ -28,17 +37,43 @@ class Run(NamedTuple):
 
 
 def run_python(log: Path, *command: str) -> None:
-    """Runs `python` with the command, which is printed. Its output goes to `log`.
+    """Runs `python` with the command, which is printed. Its output goes to `log`, and its progress to the terminal.
 
     UserError with the last line of that output if the exit code is not 0.
     """
-    print(" ".join(("python", *command)) + "\n", end="", flush=True)  # in one write: several threads print
+    tqdm.write(" ".join(("python", *command)))
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        code = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT).returncode
+    with (
+        log.open("w") as file,
+        subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT) as run,
+    ):
+        try:
+            code = _watched(run, log)
+        except BaseException:
+            run.kill()
+            raise
     if code:
         last = (log.read_text().strip().splitlines() or ["no output"])[-1]
         raise UserError(f"the command ended with exit code {code} ({last}); see {log}")
+
+
+def _watched(run: subprocess.Popen, log: Path) -> int:
+    """Waits for the exit code. Shows how far the run is: a bar in a terminal, else a line every `TELL_S` seconds."""
+    told = time.monotonic()
+    with log.open(errors="replace") as lines, tqdm(desc=log.stem, leave=False, disable=None) as bar:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(1.0)
+            code = run.poll()
+            for step in PROGRESS.finditer(lines.read()):
+                number, bar.total, what = int(step["done"]), int(step["total"]), step["what"].strip()
+                if time.monotonic() - told >= TELL_S and bar.disable:
+                    print(f"  {log.stem}: {step[1]}\n", end="", flush=True)  # in one write: several threads print
+                    told = time.monotonic()
+                bar.set_postfix_str(what, refresh=False)
+                bar.update(number - bar.n)
+            if code is not None:
+                return code
 
 
 def run_unless_done(mark: Path, log: Path, *command: str) -> None:

@@ -149,3 +149,25 @@ def test_a_run_that_waits_for_another_holds_up_nobody(tmp_path, monkeypatch):
     failures = runner.run_all(tmp_path, [*runs, Run("z", "order1", 0, "c.py", ())], 2)
     assert sorted(done[:2]) == ["base_seed0"] * 2 and len(done) == 9
     assert failures == ["x/order3_seed0: no room", "y/order3_seed0: no room"]
+
+
+TALKS = """
+print("12:00:00 config a.py with training.n_iters=20")
+print("12:00:01 step 10/20  loss 0.5  grad_norm 1  2 steps/s  ETA 0:00:05")
+print("12:00:02 likelihood, test split: 1 of 4  ETA 0:00:03", flush=True)
+raise SystemExit({code})
+"""
+
+
+def test_the_progress_of_a_run_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "TELL_S", 0.0)
+    log = tmp_path / "logs" / "digits.train.log"
+    runner.run_python(log, "-c", TALKS.format(code=0))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert told == [
+        "  digits.train: step 10/20  loss 0.5  grad_norm 1  2 steps/s  ETA 0:00:05",
+        "  digits.train: likelihood, test split: 1 of 4  ETA 0:00:03",
+    ]
+    assert len(log.read_text().splitlines()) == 3
+    with pytest.raises(UserError, match=r"exit code 3 .*1 of 4"):
+        runner.run_python(log, "-c", TALKS.format(code=3))
