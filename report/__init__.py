@@ -52,10 +52,11 @@ def write_report(workdir: str | Path, title: str | None = None, eval_folder: str
         _write(run.workdir / "report" / f"{picture.name}.png", picture.png)
     config = html.escape(json.dumps(run.config, indent=2))
     body = [
-        _results({f"Checkpoint {result.get('checkpoint', '?')}": result for result in run.results[-4:]}),
+        *(page.headline(result) for result in run.results[-1:]),
         *(page.section(picture.title, page.figure(picture)) for picture in shown),
-        page.section("Config, where it differs from the default", page.table(page.config_rows({"this run": run}))),
-        page.section("Environment", page.table(page.environment_rows({"": run}))),
+        _results({f"Checkpoint {result.get('checkpoint', '?')}": result for result in run.results[-4:]}),
+        _folded_table("Config, where it differs from the default", page.config_rows({"this run": run})),
+        _folded_table("Environment", page.environment_rows({"": run})),
         f"<details><summary>Whole config (config.json)</summary><pre>{config}</pre></details>" if run.config else "",
     ]
     title = title or " ".join([run.workdir.resolve().name, run.dataset and f"({run.dataset})"]).strip()
@@ -82,11 +83,11 @@ def write_summary(
     config_title = "Configs, where one differs from the default (marked: where they differ)"
     body = [
         page.table([columns, *([page.as_text(row.get(column, "")) for column in columns] for row in rows)]),
-        _results({label: run.results[-1] for label, run in runs.items() if run.results}),
         page.section("Compared", *map(page.figure, compared)),
         *(page.section(kind, page.side_by_side([p for p in shown if p[1].title == kind])) for kind in titles),
-        page.section(config_title, page.table(page.config_rows(runs), mark=True)),
-        page.section("Environments", page.table(page.environment_rows(runs))),
+        _results({label: run.results[-1] for label, run in runs.items() if run.results}),
+        _folded_table(config_title, page.config_rows(runs), mark=True),
+        _folded_table("Environments", page.environment_rows(runs)),
     ]
     return _write(path, page.document(title, body, wide=True))
 
@@ -94,7 +95,11 @@ def write_summary(
 def _results(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the section with the results, one column for each."""
     head = ["", *(f"{label}, step {page.as_text(result.get('step', '?'))}" for label, result in columns.items())]
-    return page.section("Results", page.table([head, *page.result_rows(list(columns.values()))]))
+    return _folded_table("Results", [head, *page.result_rows(list(columns.values()))])
+
+
+def _folded_table(title: str, rows: Sequence[Sequence[str]], mark: bool = False) -> str:
+    return page.section(title, page.folded(page.table(rows, mark)))
 
 
 def _write(path: Path, content: bytes) -> Path:

@@ -18,7 +18,13 @@ thead th{border-bottom:2px solid #888}td{font-variant-numeric:tabular-nums}td:fi
 .marked{background:#fff3d6}h2{margin-top:2em}h3{margin:.5em 0;font-size:1em}
 .side{display:grid;gap:0 2em;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}
 figure{margin:1em 0 2em}img{max-width:100%}figcaption{color:#555;font-size:.92em;max-width:60em}
-pre{background:#f5f5f5;padding:1em;overflow:auto}"""
+pre{background:#f5f5f5;padding:1em;overflow:auto}.scroll{overflow-x:auto}
+.headline{font-size:1.3em;margin:.5em 0}.headline small{display:block;font-size:.75em;color:#555}
+summary{cursor:pointer;color:#555}
+@media(max-width:600px){body{margin:1em auto;padding:0 .6em}th,td{padding:.3em .5em}td:first-child{min-width:7em}}
+@media(prefers-color-scheme:dark){body{background:#15171a;color:#ddd}th,td{border-color:#3a3d42}
+figcaption,summary,.headline small{color:#aaa}pre{background:#22252a}.marked{background:#3d3519}
+img{background:#fff;border-radius:4px}}"""
 # Key of eval/report_<ckpt>.json: label, unit. A key that is not here is shown under its own name.
 HEADLINES = {
     "bpd": ("Negative log-likelihood by the ODE", "bits/dim"),
@@ -78,6 +84,27 @@ def section(title: str, *parts: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>\n{body}</section>" if body else ""
 
 
+def folded(*parts: str) -> str:
+    """Returns the parts behind a line to click on, or nothing if they are empty."""
+    body = "".join(parts)
+    return f"<details><summary>show</summary>{body}</details>" if body else ""
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """Returns the likelihood of a result and what it is worth, or nothing without one."""
+    found = [as_text(result[key], _LABELS[key][1]) for key in ("bpd", "nll") if key in result]
+    if not found:
+        return ""
+    baselines = {**result.get("baselines", {}), **_fitted_gaussian(result)}
+    others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+    worth = f"<small>{html.escape(f'On the same examples: {others}')}</small>" if others else ""
+    return f'<p class="headline">{html.escape(found[0])}{worth}</p>'
+
+
+def _fitted_gaussian(result: Mapping[str, Any]) -> dict[str, float]:
+    return {"a fitted Gaussian": result["gaussian_bpd"]} if "gaussian_bpd" in result else {}
+
+
 def table(rows: Sequence[Sequence[str]], mark: bool = False) -> str:
     """Returns a table whose head is the first row, or nothing if no other row follows.
 
@@ -87,7 +114,7 @@ def table(rows: Sequence[Sequence[str]], mark: bool = False) -> str:
         return ""
     head, *body = rows
     lines = [_row("td", row, mark and len(set(row[1:-1])) > 1) for row in body]
-    return f"<table><thead>{_row('th', head)}</thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="scroll"><table><thead>{_row("th", head)}</thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _row(tag: str, cells: Sequence[str], marked: bool = False) -> str:

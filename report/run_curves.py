@@ -50,12 +50,7 @@ Map = tuple[np.ndarray, np.ndarray, np.ndarray]  # as `pcolormesh` takes it: x[0
 
 def pictures(run: RunFiles) -> Iterator[Picture]:
     """Yields the pictures for which the run has files."""
-    names = [name for name in TERMS if any(np.any(run.series(split, name)[1]) for split in ("train", "eval"))]
-    if names:
-        caption = "The objective's terms in training. From metrics.jsonl."
-        yield Picture("losses", png(_losses(run, names)), caption, "Losses")
     yield from newest_samples(run)
-    yield from over_training(run)
     if found := newest_npz(run.eval, "density_*.npz", "x", "model_logp"):
         path, arrays = found
         dim = as_rows(arrays["x"]).shape[1]
@@ -68,12 +63,17 @@ def pictures(run: RunFiles) -> Iterator[Picture]:
         caption = "Examples, each averaged over its repeats; band: ± one standard error."
         caption += f" From {path.relative_to(run.workdir)}."
         yield Picture("bpd", png(figure), caption, "Likelihood of the examples")
+    yield from over_training(run)
     if found := newest_npz(run.eval, "ledger_[0-9]*.npz"):
         path, arrays = found
         caption = "Mean over the same images, and the paired difference to the first row ± its standard error."
         yield Picture("ledger", png(ledger(arrays)), f"{caption} From {path.relative_to(run.workdir)}.", "Ledger")
     if len({result.get("step") for result in run.results}) > 1:
         yield from by_checkpoint({"": run}, "bpd_by_checkpoint")
+    names = [name for name in TERMS if any(np.any(run.series(split, name)[1]) for split in ("train", "eval"))]
+    if names:
+        caption = "The objective's terms in training. From metrics.jsonl."
+        yield Picture("losses", png(_losses(run, names)), caption, "Losses")
     if found := newest_npz(run.eval, "fisher_*.npz", *FISHER_REQUIRED):
         path, arrays = found
         figure, axes = panels(1, 2, 5.6, 4.6)
@@ -305,8 +305,10 @@ def _compared_losses(groups: Mapping[str, Mapping[str, RunFiles]], orders: list[
                 steps, values = run.series("train", name)
                 if np.any(values):
                     ax.plot(*smooth(steps, values), color=color, lw=1.5, label=label)
+            if not ax.get_lines():
+                ax.set_axis_off()
+                continue
             ax.set(title=f"{TERMS[name]}, {dataset}", xlabel="training step", ylabel="loss")
-            if ax.get_lines():
-                ax.legend()
+            ax.legend()
             _log_if_wide(ax)
     return figure

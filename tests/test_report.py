@@ -194,10 +194,10 @@ def test_toy_report(tmp_path):
     assert names(workdir) == {"report.html", "losses.png", "samples.png", "density.png", "bpd.png"}
     page, source = Page(path), path.read_text()
     sizes = [image.size for image in page.images()]
-    assert sizes == [picture(workdir / "report" / f"{n}.png").size for n in ("losses", "samples", "density", "bpd")]
+    assert sizes == [picture(workdir / "report" / f"{n}.png").size for n in ("samples", "density", "bpd", "losses")]
     assert "http" not in source and "script" not in page.tags and "link" not in page.tags
     assert "A &lt;b&gt;title&lt;/b&gt; &amp; more" in source and "b" not in page.tags
-    assert '"note": "<script>&"' in page.text and page.tags.count("details") == 1
+    assert '"note": "<script>&"' in page.text and page.tags.count("details") == 3  # results, config, all of it
     nll = json.loads((workdir / "eval/report_1.json").read_text())["nll"]["mean"]
     for text in (f"{nll:.3f} ± 0.012 nats (5,000 examples)", "0.012346 nats", "0.00391 nats", "step 20,000"):
         assert text in page.text
@@ -330,13 +330,13 @@ def test_summary_of_runs_on_two_data_sets(tmp_path):
     for text in ("order 1 <", "order 3", "digits", "NLL (nats)", "0.030123", "5,000", "0.02 ± 0.01"):
         assert text in page.text
     assert headings(path) == [
-        "Results",
         "Compared",
-        "Losses",
         "Density",
+        "Losses",
         "Samples",
         "Samples over training",
         "Likelihood by checkpoint",
+        "Results",
         "Configs, where one differs from the default (marked: where they differ)",
     ]
     assert not (tmp_path / "a" / "report").exists()
@@ -508,6 +508,25 @@ def test_report_imports_nothing_of_the_model():
         [sys.executable, "-c", loaded], cwd=REPO, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_the_likelihood_and_its_worth_come_before_the_first_picture(tmp_path):
+    likelihood = {"mean": 1.8204, "stderr": 0.0148, "num_examples": 297}
+    result = {"bpd": likelihood, "baselines": {"uniform": 4.0874, "png": 3.7141}, "gaussian_bpd": 2.9531}
+    write_json(tmp_path / "eval/report_1.json", result)
+    write_metrics(tmp_path, 1)
+    page = Page(report.write_report(tmp_path))
+    assert "1.820 ± 0.015 bits/dim (297 examples)" in page.text
+    assert "On the same examples: uniform 4.087, png 3.714, a fitted Gaussian 2.953" in page.text
+    assert page.tags.index("small") < page.tags.index("img") < page.tags.index("table")
+
+
+def test_compared_losses_of_other_data_have_no_empty_axes(tmp_path, figures):
+    write_metrics(tmp_path / "one", 3)
+    write_metrics(tmp_path / "digits", 1)
+    write_json(tmp_path / "digits/config.json", {"data": {"dataset": "DIGITS"}})
+    list(run_curves.comparisons({name: run_files.load(tmp_path / name) for name in ("one", "digits")}))
+    assert [bool(ax.get_lines()) == ax.axison for ax in figures[0].axes] == [True] * 6
 
 
 def test_settings_of_a_quantity_are_for_the_json_file_alone():
