@@ -13,7 +13,7 @@ from report.run_files import RunFiles
 
 CSS = """body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2em auto;padding:0 1em}
 body.wide{max-width:1700px}table{border-collapse:collapse;margin:1em 0}
-th,td{padding:.3em .9em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd;overflow-wrap:anywhere}
+th,td{padding:.3em .9em;text-align:left;vertical-align:top;border-bottom:1px solid #ddd;overflow-wrap:break-word}
 thead th{border-bottom:2px solid #888}td{font-variant-numeric:tabular-nums}td:first-child{min-width:11em}
 .marked{background:#fff3d6}h2{margin-top:2em}h3{margin:.5em 0;font-size:1em}
 .side{display:grid;gap:0 2em;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}

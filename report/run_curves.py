@@ -237,11 +237,20 @@ def by_checkpoint(runs: Mapping[str, RunFiles], name: str) -> Iterator[Picture]:
                 curves[label or LIKELIHOODS[kind] + VARIANTS[variant]] = points
     if len(curves) < min(2, len(runs)):
         return
-    figure, ((ax,),) = panels(1, 1, 7.5, 3.6)
-    for (label, points), color in zip(curves.items(), itertools.cycle(PALETTE), strict=False):
-        ax.errorbar(*zip(*points, strict=True), color=color, marker="o", capsize=3, label=label)
-    ax.set(xlabel="training step of the checkpoint", ylabel=f"negative log-likelihood ({unit})")
-    ax.legend()
+    single = all(len(points) == 1 for points in curves.values())
+    figure, ((ax,),) = panels(1, 1, 7.5, 1.0 + 0.4 * len(curves) if single else 3.6)
+    for place, ((label, points), color) in enumerate(zip(curves.items(), itertools.cycle(PALETTE), strict=False)):
+        steps, means, stderrs = zip(*points, strict=True)
+        if single:
+            ax.errorbar(means, [place], xerr=stderrs, color=color, marker="o", capsize=3)
+        else:
+            ax.errorbar(steps, means, stderrs, color=color, marker="o", capsize=3, label=label)
+    if single:
+        ax.set_yticks(range(len(curves)), list(curves))
+        ax.set(xlabel=f"negative log-likelihood ({unit})", ylim=(len(curves) - 0.5, -0.5))
+    else:
+        ax.set(xlabel="training step of the checkpoint", ylabel=f"negative log-likelihood ({unit})")
+        ax.legend()
     caption = f"By checkpoint, in {unit}; bars: ± one standard error over examples. From eval/report_*.json."
     yield Picture(name, png(figure), caption, "Likelihood by checkpoint")
 

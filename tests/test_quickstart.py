@@ -9,7 +9,7 @@ from pathlib import Path
 from reproduce import quickstart, runner
 
 
-def test_another_number_of_steps_trains_anew(tmp_path, monkeypatch):
+def test_another_number_of_steps_trains_anew(tmp_path, monkeypatch, capsys):
     calls = []
 
     def run_python(log, *command):
@@ -20,7 +20,11 @@ def test_another_number_of_steps_trains_anew(tmp_path, monkeypatch):
         if values["mode"] == "eval":
             steps, folder = int(values["config.training.n_iters"]), Path(values["workdir"]) / "eval"
             result = {"checkpoint": 1, "step": steps, "exact_nll": 1.0 / steps, "true_entropy": 0.0, "kl": 1.0 / steps}
-            result |= {"bpd": {"mean": 4.0 + steps, "stderr": 0.1}, "gaussian_bpd": 6.5, "baselines": {"uniform": 4.0}}
+            result |= {
+                "bpd": {"mean": 4.0 + steps, "stderr": 0.1},
+                "gaussian_bpd": 6.5,
+                "baselines": {"histogram": 4.0, "png": 5.0},
+            }
             folder.mkdir(parents=True)
             (folder / "report_1.json").write_text(json.dumps(result))
 
@@ -34,4 +38,5 @@ def test_another_number_of_steps_trains_anew(tmp_path, monkeypatch):
     assert summary(20, 10)["mog_order3_nll"] == 1 / 20 and len(calls) == 8
     assert summary(40, 10)["mog_order3_nll"] == 1 / 40 and len(calls) == 14  # the digits are not repeated
     assert summary(40, 30)["digits_bpd"] == 34 and len(calls) == 16
+    assert "order 3" in capsys.readouterr().out.splitlines()[-4]  # the table: three orders, the digits, two paths
     assert summary(20, 10)["mog_order3_nll"] == 1 / 20 and len(calls) == 16  # fewer: nothing was overwritten
