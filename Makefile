@@ -1,18 +1,27 @@
-# `make quickstart` and `make test` need Python 3.11+ and make, nothing else: both make .venv themselves.
-PYTHON ?= python3
+# `make quickstart` and `make test` need Python 3.11 to 3.13 (TensorFlow has wheels for these) and make, nothing else:
+# both make .venv themselves, by uv where that is installed.
+PYTHON ?= $(or $(firstword $(foreach v,3.13 3.12 3.11,$(shell command -v python$(v)))),python3)
+UV := $(shell command -v uv)
+INSTALL = $(if $(UV),$(UV) pip install --quiet --python .venv,.venv/bin/pip install --quiet --disable-pip-version-check)
+DISK_MB := 3200
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: quickstart reproduce reproduce-fast test test-slow test-isa bench lint clean
 
 .venv/run.stamp: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is not Python 3.11 to 3.13; install python3.12, or give another by make PYTHON=" >&2; exit 1; }
+	@$(if $(UV),true,$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null) || { \
+	  echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (python3-venv)" >&2; exit 1; }
+	@test -d .venv || test "$$(df -Pm . | awk 'NR == 2 { print $$4 }')" -ge $(DISK_MB) || { \
+	  echo "error: .venv needs $(DISK_MB) MB of disk, which $(CURDIR) does not have" >&2; exit 1; }
+	$(if $(UV),$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/dev.stamp: requirements-dev.txt .venv/run.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 quickstart: .venv/run.stamp
