@@ -1,6 +1,6 @@
 # `make quickstart` and `make test` need Python 3.11 to 3.13 (TensorFlow has wheels for these) and make, nothing else:
 # both make .venv themselves, by uv where that is installed.
-PYTHON ?= $(or $(firstword $(foreach v,3.13 3.12 3.11,$(shell command -v python$(v)))),python3)
+PYTHON ?= $(or $(firstword $(foreach v,3.13 3.12 3.11,$(shell python$(v) -c "" 2>/dev/null && echo python$(v)))),python3)
 UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python .venv,.venv/bin/pip install --quiet --disable-pip-version-check)
 DISK_MB := 3200
