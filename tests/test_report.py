@@ -20,7 +20,7 @@ from PIL import Image
 import report
 from configs.default_configs import get_default_configs
 from errors import UserError
-from report import run_curves, run_files, sample_grids
+from report import run_curves, run_files, sample_grids, site
 from report.__main__ import main
 
 REPO = Path(report.__file__).parent.parent
@@ -467,6 +467,24 @@ def test_a_browser_shows_the_pages(tmp_path):
         assert len(widths) == wanted and min(widths) > 0  # every picture is decoded and has its place
         sections = re.findall("<section><h2>(.*?)</h2>", dom)
         assert {"Results", "Losses", "Samples", "Density"} <= set(sections) and "Environment" in sections[-1]
+
+
+def test_the_page_of_the_project_is_that_of_the_readme():
+    assert site.OUT.read_bytes() == site.render((REPO / "README.md").read_text(), REPO), "run python -m report.site"
+    page = Page(site.OUT)
+    tables = re.findall(r"^\| --- \|", (REPO / "README.md").read_text(), re.M)
+    assert page.tags.count("img") == 2 and page.tags.count("table") == len(tables)
+    for link in page.links:
+        assert re.match("https://|data:image/png", link) or (site.OUT.parent / link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine to open the page in")
+def test_a_browser_shows_the_page_of_the_project(tmp_path):
+    counted = tmp_path / "counted.html"
+    counted.write_text(site.OUT.read_text() + COUNT)
+    dom = browse(tmp_path / "profile", counted, "--dump-dom")
+    widths = [int(width) for width in re.findall("<title>(.*?)</title>", dom)[0].split(",")]
+    assert len(widths) == 2 and min(widths) > 0
 
 
 def test_compared_densities_have_a_curve_a_run_and_its_error():
