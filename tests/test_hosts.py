@@ -235,7 +235,7 @@ def test_a_tpu_vm_asks_google_for_the_other_hosts_of_its_slice(workers, calls):
     with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_address[1]}"
-        environment = {**ENVIRONMENT, "GCE_METADATA_IP": address}
+        environment = {**ENVIRONMENT, "GCE_METADATA_IP": address, "no_proxy": "127.0.0.1"}
         done = subprocess.run(
             [sys.executable, "-c", ON_A_TPU_VM], cwd=ROOT, env=environment, capture_output=True, text=True
         )
