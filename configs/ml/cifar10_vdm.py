@@ -9,6 +9,6 @@ from configs.ml import cifar10
 
 def get_config():
     config = cifar10.get_config()
-    config.model.update(ch_mult=(1,), num_res_blocks=32, attn_resolutions=(), input_frequencies=(6, 7))
+    config.model.update(ch_mult=(1,), num_res_blocks=32, attn_resolutions=())
     config.model.skip_rescale = False
     return config
