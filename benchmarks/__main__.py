@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of the benchmarks, `make bench`, or a part of them by name: some four hours on 2 idle cores.
+"""All of the benchmarks, `make bench`, or a part of them by name: some five hours on 2 idle cores.
 
 python -m benchmarks [--only step,memory] [--workdir runs/bench]
 

@@ -91,21 +91,21 @@ def compiled(step_of: Callable[[int], Any], parts: int, batch: int, limit: float
     """
     if jax.process_count() > 1:  # only the pmap itself joins the hosts' arrays
         return step_of(parts)
-    program, memory = _compiled(step_of(parts), args)
+    program, memory = _with_memory(step_of(parts), args)
     if memory is None or memory.total <= limit:
         return program
     found = "no training.num_microbatches makes it fit: try model.remat, a smaller batch or network, or more devices"
     for count in (count for count in range(parts + 1, batch + 1) if batch % count == 0):
         if memory.held + memory.temporary * parts / count > limit:
             continue
-        _, smaller = _compiled(step_of(count), args)
+        _, smaller = _with_memory(step_of(count), args)
         if smaller and smaller.total <= limit:
             found = f"with --config.training.num_microbatches={count}, and the same gradients, it takes {smaller}"
             break
     raise UserError(f"the training step takes {memory}, which has {launch.size(limit)}; {found}")
 
 
-def _compiled(p_step: Any, args: tuple) -> tuple[Any, launch.Memory | None]:
+def _with_memory(p_step: Any, args: tuple) -> tuple[Any, launch.Memory | None]:
     logging.info("compiling the training step; minutes for a large network or an order above 1")
     start = time.monotonic()
     program = p_step.lower(*args).compile()
