@@ -6,6 +6,8 @@ INSTALL = $(if $(UV),$(UV) pip install --quiet --python .venv,.venv/bin/pip inst
 DISK_MB := 3200
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+# A step's scratch memory in pages of 2 MB: benchmarks/README.md, Step.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart reproduce reproduce-fast test test-slow test-isa bench lint clean
 

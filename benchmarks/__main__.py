@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All of the benchmarks, `make bench`, or a part of them by name: some five hours on 2 idle cores.
 
-python -m benchmarks [--only step,memory] [--workdir runs/bench]
+python -m benchmarks [--only step,input] [--workdir runs/bench]
 
 Runs one script after the other, each printed as it starts, and trains first what they measure: three networks on the
 digits and two on Fashion-MNIST, whose data set is to be at hand (docs/data.md). What a script prints goes to
@@ -28,8 +28,6 @@ NETWORKS = {  # name: config file
 COMMANDS = {  # name: module of this package, flags, and the networks that are measured, the second a recipe's
     "step": ("step", (), ()),
     "convolution": ("convolution", (), ()),
-    "convolution_shapes": ("convolution", ("--shapes",), ()),
-    "unrolled_steps": ("unrolled_steps", (), ()),
     "input": ("input", (), ()),
     "image_folder": ("image_folder", (), ()),
     "startup": ("startup", (), ()),
@@ -40,7 +38,6 @@ COMMANDS = {  # name: module of this package, flags, and the networks that are m
     "likelihood_fashion_recipe": ("likelihood", ("--batch=8", "--repeats=1"), ("fashion_ve", "fashion_ml")),
     "likelihood_random": ("likelihood", ("--ends", "--repeats=1"), ()),
     "precision": ("precision", (), ("digits_ve",)),
-    "memory": ("memory", (), ()),
     "full_size": ("full_size", (), ()),
     "accelerator": ("accelerator", ("--only=machine",), ()),
 }

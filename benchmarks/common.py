@@ -117,14 +117,15 @@ def train_step(
 
 
 def seconds(programs: dict[Any, Program], repeats: int = 5) -> dict[Any, float]:
-    """Median wall time of each, run in turns after a first round that does not count."""
+    """Median wall time of each, run in turns: twice a turn, of which the first, with cold caches, does not count."""
     times: dict[Any, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         for name, program in programs.items():
+            jax.block_until_ready(program.run(*program.args))
             start = time.perf_counter()
             jax.block_until_ready(program.run(*program.args))
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

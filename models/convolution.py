@@ -4,7 +4,7 @@
 XLA on the CPU gives a convolution to its fast kernel if images are NHWC and weights HWIO. JAX's gradients have other
 layouts, which XLA brings to this form outside of loops alone (`conv_canonicalization.cc`). That of the weights, whose
 kernel is as large as the image, is slow in either form. Here the gradient of the image is a convolution in the standard
-form, of mirrored weights, and that of the weights is matrix products (benchmarks/convolution.py, unrolled_steps.py).
+form, of mirrored weights, and that of the weights is matrix products (benchmarks/step.py, convolution.py).
 """
 
 from typing import Any

@@ -116,7 +116,7 @@ class NIN(nn.Module):
     def __call__(self, x: Float[Array, "*shape C"]) -> Float[Array, "*shape O"]:
         weight = self.param("W", default_init(self.init_scale), (x.shape[-1], self.features))
         x, weight, bias = in_dtype_of(x, weight, self.param("b", jax.nn.initializers.zeros, (self.features,)))
-        return x @ weight + bias
+        return conv2d(x, weight[None, None]) + bias
 
 
 def get_timestep_embedding(t: Float[Array, "B"], dim: int) -> Float[Array, "B dim"]:

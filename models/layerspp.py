@@ -63,11 +63,11 @@ class AttnBlockpp(nn.Module):
     @nn.compact
     def __call__(self, x: Image) -> Image:
         batch, height, width, channels = x.shape
-        h = normalize(x).reshape(batch, height * width, channels)
-        q, k, v = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
+        h = normalize(x)
+        q, k, v = (NIN(channels)(h).reshape(batch, height * width, channels) for _ in range(3))
         attention = softmax(jnp.einsum("bic,bjc->bij", q / math.sqrt(channels), k))
-        h = NIN(channels, init_scale=self.init_scale)(jnp.einsum("bij,bjc->bic", attention, v))
-        return add_skip(x, h.reshape(x.shape), self.skip_rescale)
+        h = jnp.einsum("bij,bjc->bic", attention, v).reshape(x.shape)
+        return add_skip(x, NIN(channels, init_scale=self.init_scale)(h), self.skip_rescale)
 
 
 class _Resampler(nn.Module):

@@ -15,10 +15,10 @@ import matplotlib as mpl
 import numpy as np
 
 from report import page
-from report.canvas import STYLE, png
+from report.canvas import STYLE, plus_minus, png
 from report.page import results_table
 from report.run_curves import comparisons, pictures
-from report.run_files import load
+from report.run_files import RunFiles, load, newest_npz
 from report.sample_grids import image_grid, point_samples
 
 __all__ = ["points_picture", "results_table", "save_image_grid", "write_report", "write_summary"]
@@ -69,11 +69,12 @@ def write_summary(
 ) -> Path:
     """Writes one self-contained HTML page that compares several runs, label -> workdir, and returns its path.
 
-    It starts with a table of the `rows`, column -> value. Pictures that compare runs on the same data are also written
-    beside the page as `<its stem>_<name>.png`.
+    It starts with a table of the `rows`, column -> value, or else of the runs' likelihoods. Pictures that compare runs
+    on the same data are also written beside the page as `<its stem>_<name>.png`.
     """
     path = Path(path)
     runs = {label: load(Path(workdir)) for label, workdir in workdirs.items()}
+    rows = rows or likelihoods(runs)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     compared = list(comparisons(runs))
     for picture in compared:
@@ -90,6 +91,28 @@ def write_summary(
         _folded_table("Environments", page.environment_rows(runs)),
     ]
     return _write(path, page.document(title, body, wide=True))
+
+
+def likelihoods(runs: Mapping[str, RunFiles]) -> list[dict[str, str]]:
+    """Returns a row for each run that has one. Differences are paired over examples, where runs have the same."""
+    rows, first = [], None
+    for label, run in runs.items():
+        if not run.results or not (text := page.likelihood(run.results[-1])):
+            continue
+        row = {"": label, "negative log-likelihood": text}
+        _, arrays = newest_npz(run.eval, "bpd_[0-9]*.npz") or (None, {})
+        found = [sign * arrays[name] for name, sign in (("bpd", 1), ("logp", -1)) if name in arrays]
+        if found:
+            values = found[0].mean(axis=0)  # over repeats: [examples]
+            if first is None:
+                first = label, run.dataset, values
+            elif first[1] == run.dataset and first[2].shape == values.shape:
+                gain = values - first[2]
+                row[f"difference to {first[0]}, by example"] = plus_minus(
+                    gain.mean(), gain.std(ddof=1) / np.sqrt(len(gain))
+                )
+        rows.append(row)
+    return rows
 
 
 def _results(columns: Mapping[str, Mapping[str, Any]]) -> str:

@@ -90,15 +90,19 @@ def folded(*parts: str) -> str:
     return f"<details><summary>show</summary>{body}</details>" if body else ""
 
 
+def likelihood(result: Mapping[str, Any]) -> str:
+    """Returns the negative log-likelihood of a result with its unit, or nothing without one."""
+    return next((as_text(result[key], _LABELS[key][1]) for key in ("bpd", "nll") if key in result), "")
+
+
 def headline(result: Mapping[str, Any]) -> str:
     """Returns the likelihood of a result and what it is worth, or nothing without one."""
-    found = [as_text(result[key], _LABELS[key][1]) for key in ("bpd", "nll") if key in result]
-    if not found:
+    if not (found := likelihood(result)):
         return ""
     baselines = {**result.get("baselines", {}), **_fitted_gaussian(result)}
     others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
     worth = f"<small>{html.escape(f'On the same examples: {others}')}</small>" if others else ""
-    return f'<p class="headline">{html.escape(found[0])}{worth}</p>'
+    return f'<p class="headline">{html.escape(found)}{worth}</p>'
 
 
 def _fitted_gaussian(result: Mapping[str, Any]) -> dict[str, float]:

@@ -180,10 +180,10 @@ def fisher(curves: Arrays) -> Figure:
 
 
 def grids(samples: Arrays) -> Figure:
-    """Draws the first 64 samples of each order, from the same noise."""
+    """Draws the first 64 samples of each variant, from the same noise."""
     figure, axes = panels(1, len(samples), 3.2, 3.4)
     for ax, (variant, arrays) in zip(axes[0], samples.items(), strict=True):
         ax.imshow(tiles(arrays["samples"][:64], 8), cmap="gray")
-        ax.set_title(LABELS[variant])
+        ax.set_title(LABELS.get(variant, variant))
         ax.set_axis_off()
     return figure

@@ -43,6 +43,8 @@ def test_table_of_made_up_likelihoods(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             shift = 0.0 if name == "eval" else 0.01 * (-1) ** np.arange(7)
             np.savez(folder / "bpd_1.npz", bpd=(bpd + shift)[None], nfe=np.full((1, 7), 90 + run.seed))
+            if name == "eval" and run.variant in recipes.SAMPLED:
+                np.savez(folder / "samples_1.npz", samples=np.full((3, 4, 4, 1), 0.5))
     arguments = ["--only=digits", "--seeds=2", "--collect", f"--workdir={tmp_path}", f"--out={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["recipes", *arguments])
     recipes.main()
@@ -53,3 +55,11 @@ def test_table_of_made_up_likelihoods(tmp_path, monkeypatch):
     assert row["minus ve"]["stderr"] == pytest.approx(0.1)  # over two seeds, 0.2 apart
     assert row["paired stderr over images"] == pytest.approx(0, abs=1e-12)  # the gain is the same for all images
     assert row["error_65"] == pytest.approx(0.01) and row["error_129"] == pytest.approx(0.01)
+    assert (tmp_path / "samples_digits.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sys, "argv", ["recipes", *arguments, "--recipes=vp,ml_vp"])
+    recipes.main()
+    table = json.loads((tmp_path / "recipes_digits.json").read_text())
+    assert list(table) == ["vp", "ml_vp"] and table["ml_vp"]["minus vp"]["mean"] == pytest.approx(-1.2)
+    monkeypatch.setattr(sys, "argv", ["recipes", *arguments, "--recipes=pv"])
+    with pytest.raises(SystemExit):
+        recipes.main()

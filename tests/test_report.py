@@ -502,6 +502,17 @@ def test_compared_densities_have_a_curve_a_run_and_its_error():
         np.testing.assert_array_equal(np.isfinite(y), np.exp(truth - truth.max()) > 1e-3)
 
 
+def test_likelihoods_are_compared_by_example(tmp_path):
+    """`b` is better by 0.3 and 0.1 on the two examples of `a`; `c` has three examples, and `d` no likelihood."""
+    for name, bpd in (("a", [3.0, 5.0]), ("b", [2.7, 4.9]), ("c", [1.0, 2.0, 3.0]), ("d", [])):
+        values = {"bpd": {"mean": np.mean(bpd), "stderr": 1.0}} if bpd else {"loss": 1.0}
+        write_json(tmp_path / name / "eval/report_1.json", {"dataset": "DIGITS", **values})
+        np.savez(tmp_path / name / "eval/bpd_1.npz", bpd=np.array([bpd]), logp=np.array([bpd]))
+    rows = report.likelihoods({name: run_files.load(tmp_path / name) for name in "abcd"})
+    assert [row[""] for row in rows] == ["a", "b", "c"]
+    assert [row.get("difference to a, by example") for row in rows] == [None, "-0.20 ± 0.10", None]
+
+
 def test_command_line(tmp_path, capsys):
     first, second = tmp_path / "one", tmp_path / "two"
     for workdir, kl in ((first, 0.00391), (second, 0.0456)):

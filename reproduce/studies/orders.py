@@ -21,7 +21,7 @@ from reproduce.runner import Run, run_all
 from reproduce.studies import FINE_TUNE, length, order, recipes
 
 STEPS = 500
-STEPS_OF_EQUAL_TIME = 1_800  # of order 1: a step of order 3 takes 3.6 times as long (`python -m benchmarks.step`)
+STEPS_OF_EQUAL_TIME = 1_800  # of order 1: a step of order 3 takes some 3.6 times as long (`python -m benchmarks.step`)
 BASES = ("ve", "vp", "vp_weighted", "ml_vp")
 SCALED = ("ve", "ml_vp")  # whose third order is tried with larger weights, too
 SHARES = {"share10": 0.4, "share30": 1.6}  # weight with third_order_scaling: `reproduce.studies.shares` of the digits

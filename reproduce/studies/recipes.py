@@ -2,11 +2,12 @@
 """Recipes for bits/dim side by side, on the same data with the same steps: the public code's, and `configs/ml/`.
 
 python -m reproduce.studies.recipes [--only digits,patches,fashion_mnist] [--seeds 3] [--workdir runs/reproduce]
-                                    [--study recipes|radians]
+                                    [--study recipes|radians] [--recipes vp,ve,ml_vp]
 
 Trains and evaluates what is not there yet, as `python -m reproduce` does, and writes <out>/<study>_<data>.json: of each
 recipe bits/dim, the paired difference to the best public recipe over the test images, evaluations of RK45
-at a tolerance of 1e-5, and how far an even grid of 65 and 129 evaluations is from it on the same probes.
+at a tolerance of 1e-5, and how far an even grid of 65 and 129 evaluations is from it on the same probes. Beside it
+<out>/samples_<data>.png shows samples of seed 0 by the ODE, of VE and of the recipe for bits/dim from the same noise.
 The study `radians` is the recipe `ml_vp` with other values of `model.log_snr_scale`, and differences are to that.
 """
 
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from errors import UserError
+from report.canvas import png
 from report.run_files import newest_npz
+from reproduce import pictures
 from reproduce.results import mean_and_error
 from reproduce.runner import Run, run_all
 from reproduce.studies import length
@@ -30,6 +33,7 @@ WEIGHTED = ("training.likelihood_weighting=True", "training.importance_weighting
 PLAIN = ("training.likelihood_weighting=False", "training.importance_weighting=False")
 LEVELS = ("data.uniform_dequantization=False", "eval.dequantization=truncated_normal")
 VE_VELOCITY = ("model.parameterization=velocity", "model.scale_by_sigma=False")
+SAMPLED = ("ve", "ml_vp")
 PUBLIC = ("vp", "vp_weighted", "ve")
 RADIANS = {f"ml_vp_{scale}": (f"model.log_snr_scale={scale}",) for scale in (1.0, 16.0, 64.0)}
 LOG_SNR_MAX = {"digits": ("model.log_snr_max=7.8",)}  # half a level is 3 noises, as at 13.3 for 256
@@ -107,12 +111,21 @@ def _row(here: Sequence[Mapping], reference: Sequence[Mapping], best: str) -> di
     }
 
 
+def samples(workdir: Path, runs: Sequence[Run]) -> bytes | None:
+    """A PNG of the samples of `SAMPLED` with seed 0, None unless all of them are there."""
+    folders = {run.variant: workdir / run.folder / "eval" for run in runs if run.seed == 0}
+    found = {name: newest_npz(folders[name], "samples_*.npz") for name in SAMPLED if name in folders}
+    shown = {name: newest[1] for name, newest in found.items() if newest}
+    return png(pictures.grids(shown)) if len(shown) == len(SAMPLED) else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--out", type=Path, default=Path("assets/reproduce"))
     parser.add_argument("--only", default=",".join(DATA), help="names of data sets, with commas between them")
     parser.add_argument("--study", choices=("recipes", "radians"), default="recipes")
+    parser.add_argument("--recipes", default="", help="their names, with commas between them; all if empty")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
     parser.add_argument("--collect", action="store_true", help="run nothing; the numbers of what is there")
@@ -121,11 +134,18 @@ def main() -> None:
         parser.error(f"no data {', '.join(unknown)}; there are {', '.join(DATA)}")
     for data in args.only.split(","):
         runs = runs_of(args.study, data, args.seeds)
+        if args.recipes:
+            chosen = args.recipes.split(",")
+            if unknown := set(chosen) - {run.variant for run in runs}:
+                parser.error(f"no recipe {', '.join(sorted(unknown))} in the study {args.study}")
+            runs = [run for run in runs if run.variant in chosen]
         if not args.collect and (failures := run_all(args.workdir, runs, args.jobs)):
             raise UserError("; ".join(failures))
         path = args.out / f"{args.study}_{data}.json"
         path.write_text(json.dumps(table(args.workdir, runs), indent=1) + "\n")
         print(path)
+        if picture := samples(args.workdir, runs):
+            path.with_name(f"samples_{data}.png").write_bytes(picture)
 
 
 if __name__ == "__main__":
