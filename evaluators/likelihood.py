@@ -139,6 +139,10 @@ def evaluator(task: Task, dequantizer: Dequantizer) -> Evaluator:
                 text = f"{bpd:.3f} bits/dim are more than a histogram of each pixel takes, {histogram:.3f}"
                 logging.warning("%s: train further, or look at the data", text)
                 result["note"] = text
+        elif task.dataset.log_prob is not None:
+            x = getattr(task.dataset, name)[np.arange(logp.shape[1])]
+            excess = task.dataset.log_prob(x.astype(np.float64)) - logp
+            result[result_name("kl_of_examples", config)] = {**evaluation.mean_and_stderr(excess), "unit": "nats"}
         if is_image and config.gaussian_baseline:
             same_images = task.config.seed, name, config.num_examples
             result["gaussian_bpd"] = evaluation.gaussian_bits_per_dim(task.dataset, task.config.data, *same_images)

@@ -39,6 +39,7 @@ HEADLINES = {
     "true_entropy": ("Entropy of the true density, the lowest possible", "nats"),
     "kl": ("KL(truth || model)", "nats"),
     "kl_grid_error": ("Estimate of its error by the grid", "nats"),
+    "kl_of_examples": ("KL(truth || model), mean over the examples", "nats"),
     "model_mass": ("Integral of the model's density over the grid, ideally 1", ""),
     "sde_exact_nll": ("Negative log-likelihood by the SDE, integrated over the true density", "nats"),
     "sde_kl": ("KL(truth || model) of the SDE", "nats"),

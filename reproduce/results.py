@@ -26,14 +26,16 @@ METRICS = {  # name of a number: its place in an evaluation's report
     "kl": "kl",
     "kl_grid_error": "kl_grid_error",
     "sde_kl": "sde_kl",
+    "kl_of_examples": "kl_of_examples.mean",
     "test_nll": "nll.mean",
+    "bound": "bound.mean",
     "bpd": "bpd.mean",
     "nfe": "nfe.mean",
     "fisher_score_ode": "fisher.score_ode",
     "fisher_score_true": "fisher.score_true",
 }
 PAIRED = "bpd of order 1 minus, paired over test examples"
-COMPARED = ("nll", "kl", "sde_kl", "test_nll", "bpd", "pixel_frechet")
+COMPARED = ("nll", "kl", "sde_kl", "kl_of_examples", "test_nll", "bpd", "pixel_frechet")
 
 
 def collect(workdir: Path, name: str, runs: Sequence[Run], out: Path) -> Iterator[Path]:

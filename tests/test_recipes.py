@@ -23,12 +23,25 @@ def test_runs_have_valid_configs(data):
     assert len({run.folder for run in of_recipes}) == len(of_recipes) == 16
     assert {run.after and run.after.folder for run in of_orders} <= {run.folder for run in of_recipes}
     for run in (*of_recipes[:7], *of_orders[: len(of_orders) // 2]):
-        for _, overrides in run.evaluations:
-            config = config_of(run.config)
-            for key, _, text in (override.partition("=") for override in run.overrides + overrides):
-                section, name = key.split(".")
-                config[section][name] = value_of(text, config[section][name])
-            check_config(config)
+        check_configs(run)
+
+
+def check_configs(run):
+    for _, overrides in run.evaluations:
+        config = config_of(run.config)
+        for key, _, text in (override.partition("=") for override in run.overrides + overrides):
+            section, name = key.split(".")
+            config[section][name] = value_of(text, config[section][name])
+        check_config(config)
+
+
+def test_runs_on_mixtures_have_valid_configs():
+    for dim in orders.MIXTURES:
+        runs = list(orders.runs_of(f"mixture_{dim}", 2))
+        assert len({run.folder for run in runs}) == len(runs) == 16
+        assert {run.after.folder for run in runs if run.after} == {run.folder for run in runs if run.variant == "base"}
+        for run in runs[:8]:
+            check_configs(run)
 
 
 def test_table_of_made_up_likelihoods(tmp_path, monkeypatch):

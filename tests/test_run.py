@@ -161,6 +161,8 @@ def test_untrained_mixture_has_the_nll_of_its_gaussian(tmp_path):
     np.testing.assert_allclose(result["exact_nll"], truth, atol=2e-4)
     np.testing.assert_allclose(result["model_mass"], 1, atol=0.05)  # the grid ends near the data
     assert abs(result["nll"]["mean"] - truth) < 5 * result["nll"]["stderr"]
+    kl = result["kl_of_examples"]
+    assert kl["num_examples"] == 1000 and abs(kl["mean"] - result["kl"]) < 5 * kl["stderr"] < kl["mean"]
 
 
 @pytest.mark.parametrize(
