@@ -6,8 +6,6 @@ INSTALL = $(if $(UV),$(UV) pip install --quiet --python .venv,.venv/bin/pip inst
 DISK_MB := 3200
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
-# A step's scratch memory in pages of 2 MB: benchmarks/README.md, Step.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart reproduce reproduce-fast test test-slow test-isa bench lint clean
 
@@ -25,6 +23,9 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .venv/dev.stamp: requirements-dev.txt .venv/run.stamp
 	$(INSTALL) -r requirements-dev.txt
 	touch $@
+
+# A step's scratch memory in pages of 2 MB: benchmarks/README.md, Step.
+quickstart reproduce-fast reproduce bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 quickstart: .venv/run.stamp
 	$(BIN)/python -m reproduce.quickstart --workdir runs/quickstart
