@@ -33,7 +33,7 @@ WEIGHTED = ("training.likelihood_weighting=True", "training.importance_weighting
 PLAIN = ("training.likelihood_weighting=False", "training.importance_weighting=False")
 LEVELS = ("data.uniform_dequantization=False", "eval.dequantization=truncated_normal")
 VE_VELOCITY = ("model.parameterization=velocity", "model.scale_by_sigma=False")
-SAMPLED = ("ve", "ml_vp")
+SAMPLED = ("ve", "ml_vp")  # whose samples are drawn side by side
 PUBLIC = ("vp", "vp_weighted", "ve")
 RADIANS = {f"ml_vp_{scale}": (f"model.log_snr_scale={scale}",) for scale in (1.0, 16.0, 64.0)}
 LOG_SNR_MAX = {"digits": ("model.log_snr_max=7.8",)}  # half a level is 3 noises, as at 13.3 for 256
